@@ -1,0 +1,191 @@
+"""The one place that knows ``torch.library``, streams, devices, thread counts and how a tensor becomes a View.
+
+An op file (``effvlm/ops/<op>.py``) states four things: its schema, ``check``, ``allocate`` and ``reference``.
+:func:`register` turns them into ``torch.ops.effvlm.<op>``: the same ``check`` and ``allocate`` serve real and fake tensors,
+and the compiled kernel gets ``(arguments in schema order, outputs, workspace, place)``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from effvlm import _core
+
+_LIBRARY = torch.library.Library("effvlm", "DEF")
+_DTYPE_CODE = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.int32: 3,
+    torch.int64: 4,
+    torch.uint8: 5,
+    torch.int8: 6,
+    torch.bool: 7,
+    torch.float64: 8,
+}
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One registered op: what tests and bench need to know of it besides its spec."""
+
+    name: str
+    check: Callable[..., None]
+    allocate: Callable[..., Tensors]
+    reference: Callable[..., Tensors]
+
+
+OPS: dict[str, Op] = {}
+_backend = os.environ.get("EFFVLM_BACKEND", "compiled")
+_host_core: ModuleType | None = None  # test-only module that runs the CUDA sources on host tensors
+_said: set[str] = set()
+
+if _backend not in ("compiled", "reference"):
+    raise ValueError(f"EFFVLM_BACKEND: expected 'compiled' or 'reference', got {_backend!r}")
+DEBUG = os.environ.get("EFFVLM_DEBUG", "0") not in ("", "0")
+
+
+@contextlib.contextmanager
+def backend(name: str, host_core: ModuleType | None = None) -> Iterator[None]:
+    """Run ops by ``"compiled"`` kernels or by their PyTorch ``"reference"`` inside the block (for tests and debugging).
+
+    Args:
+        name: ``"compiled"`` or ``"reference"``.
+        host_core: a module with the signatures of ``effvlm._core`` that gets host tensors in its place.
+    """
+    global _backend, _host_core
+    if name not in ("compiled", "reference"):
+        raise ValueError(f"backend: expected 'compiled' or 'reference', got {name!r}")
+    before, _backend, _host_core = (_backend, _host_core), name, host_core
+    try:
+        yield
+    finally:
+        _backend, _host_core = before
+
+
+def set_cpu_isa(name: str | None) -> None:
+    """Force the CPU kernels to one ISA level, in this process, now.
+
+    Args:
+        name: ``"scalar"``, ``"avx2"``, ``"avx512"``, ``"avx512_vnni"``, ``"avx512_bf16"``, ``"amx"``, or ``None`` for the best
+            level that the machine supports (or the one ``EFFVLM_CPU_ISA`` names).
+
+    Raises:
+        ValueError: the level is unknown, or this machine does not support it.
+    """
+    _core.set_cpu_isa(name)
+
+
+def say_once(key: str, text: str) -> None:
+    """Warn once per process: the same fact twice is noise."""
+    if key not in _said:
+        _said.add(key)
+        warnings.warn(text, stacklevel=3)
+
+
+def _view(x: torch.Tensor | None) -> tuple[int, tuple[int, ...], tuple[int, ...], int, int] | None:
+    if x is None:
+        return None
+    device = x.device.index if x.is_cuda else -1
+    return (x.data_ptr(), tuple(x.shape), x.stride(), _DTYPE_CODE[x.dtype], device)
+
+
+def _place(device: torch.device) -> tuple[int, int, int]:
+    """(device index or -1, stream handle, CPU threads)."""
+    if device.type == "cuda":
+        return (device.index, torch.cuda.current_stream(device).cuda_stream, 0)
+    return (-1, 0, torch.get_num_threads())
+
+
+def _run(op: Op, *args: Any) -> Tensors:
+    op.check(*args)
+    if _backend == "reference":
+        return op.reference(*args)
+    outputs = op.allocate(*args)
+    device = outputs[0].device
+    core = _host_core if _host_core is not None and device.type == "cpu" else _core
+    if device.type == "cuda" and not _core.cuda_version:
+        raise RuntimeError(
+            f"{op.name}: got tensors on {device}, but this effvlm was built without CUDA; "
+            "reinstall it with nvcc on PATH (EFFVLM_CUDA=ON), or run with EFFVLM_BACKEND=reference"
+        )
+    views = [_view(a) if isinstance(a, torch.Tensor) else a for a in args]
+    place = _place(device)
+    size = getattr(core, f"{op.name}_workspace")(*views, place)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    getattr(core, op.name)(*views, *map(_view, outputs), _view(workspace), place)
+    return outputs
+
+
+def register(
+    name: str,
+    schema: str,
+    *,
+    check: Callable[..., None],
+    allocate: Callable[..., Tensors],
+    reference: Callable[..., Tensors],
+) -> Callable[..., Tensors]:
+    """Define ``torch.ops.effvlm.<name>`` and return the function that calls it.
+
+    Args:
+        name: the op's identifier, the same at every layer.
+        schema: arguments and returns as ``torch.library`` writes them, for instance ``"(Tensor x, int r) -> (Tensor, Tensor)"``.
+        check: raises ``ValueError`` or ``TypeError`` on arguments the op does not take; called for fake and real tensors.
+        allocate: makes the (empty) outputs; called for fake and real tensors.
+        reference: the op in plain PyTorch, obviously right; also what runs where autograd is needed.
+
+    Returns:
+        The op. With grad mode on and an input that requires grad it runs ``reference`` (and says so once), because the
+        compiled kernels are forward only.
+    """
+    op = OPS[name] = Op(name, check, allocate, reference)
+
+    def kernel(*args: Any) -> Tensors:
+        return _run(op, *args)
+
+    def fake(*args: Any) -> Tensors:
+        check(*args)
+        return allocate(*args)
+
+    _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, kernel, "CPU")
+    _LIBRARY.impl(name, kernel, "CUDA")
+    torch.library.register_fake(f"effvlm::{name}", fake, lib=_LIBRARY)
+    overload = getattr(torch.ops.effvlm, name).default
+
+    def call(*args: Any) -> Tensors:
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            if not torch.compiler.is_compiling():
+                say_once(name, f"effvlm.{name}: an input requires grad; the PyTorch reference runs, for its backward")
+            check(*args)
+            return reference(*args)
+        return tuple(overload(*args))
+
+    return call
+
+
+def require_tensor(op: str, name: str, x: object, *, dims: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise unless ``x`` is a tensor of ``len(dims)`` dimensions (named by letters, e.g. ``"BNC"``) and one of ``dtypes``."""
+    shape = "(" + ", ".join(dims) + ")"
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{op}: expected {name} to be a tensor of shape {shape}, got {type(x).__name__}")
+    if x.dim() != len(dims):
+        raise ValueError(f"{op}: expected {name} of shape {shape}, got {tuple(x.shape)}")
+    if x.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{op}: expected {name} of dtype {names}, got {str(x.dtype).removeprefix('torch.')}")
+    if x.device.type not in ("cpu", "cuda", "meta"):
+        raise TypeError(f"{op}: expected {name} on cpu or cuda, got {x.device}")
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
