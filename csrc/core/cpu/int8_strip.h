@@ -15,7 +15,7 @@ constexpr int kPanel = 16;                  // rows of b in a panel, one per lan
 constexpr std::int64_t kInt8MaxK = 1 << 15;  // 255·127·K stays below 2^31
 
 #if defined(EFFVLM_HAS_AMX)
-constexpr int kStripRows = 32, kBlockRows = 32, kBlockPanels = 2;
+constexpr int kStripRows = 64, kBlockRows = 32, kBlockPanels = 2;
 
 // sums[row][panel*16 + lane] for kBlockRows rows of a and `panels` (1 or 2) panels of b. Tiles 0-3 sums, 4-5 a, 6-7 b.
 inline void int8_block(const std::uint8_t* a, std::int64_t K, const std::int8_t* b, std::int64_t panels, std::int32_t* sums) {
@@ -41,7 +41,7 @@ inline void int8_block(const std::uint8_t* a, std::int64_t K, const std::int8_t*
 }
 
 #else
-constexpr int kStripRows = 24, kBlockRows = 12, kBlockPanels = 2;  // 24 sums + 2 panels + broadcasts fill the 32 registers
+constexpr int kStripRows = 48, kBlockRows = 12, kBlockPanels = 2;  // 24 sums + 2 panels + broadcasts fill the 32 registers
 struct TileScope {};
 
 inline void int8_block(const std::uint8_t* a, std::int64_t K, const std::int8_t* b, std::int64_t panels, std::int32_t* sums) {
