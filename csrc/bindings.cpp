@@ -18,8 +18,8 @@ using namespace effvlm;
 
 namespace {
 
-using Raw = py::tuple;                                   // (address, shape, strides, dtype code, device)
-using Place = std::tuple<int, std::uintptr_t, int>;      // (CUDA device or -1, stream, CPU threads)
+using Raw = py::tuple;                               // (address, shape, strides, dtype code, device)
+using Place = std::tuple<int, std::uintptr_t, int>;  // (CUDA device or -1, stream, CPU threads)
 
 View view(const Raw& raw) {
   View v;

@@ -8,7 +8,7 @@ namespace effvlm {
 
 }  // namespace effvlm
 
-#define EFFVLM_CHECK(condition, ...)                 \
-  do {                                               \
-    if (!(condition)) ::effvlm::fail(__VA_ARGS__);   \
+#define EFFVLM_CHECK(condition, ...)               \
+  do {                                             \
+    if (!(condition)) ::effvlm::fail(__VA_ARGS__); \
   } while (0)

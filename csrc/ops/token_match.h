@@ -28,17 +28,17 @@ namespace effvlm {
 
 struct TokenMatchArgs {
   std::int64_t B, N, C;
-  std::int64_t r;       // pairs to merge per batch entry, 0 … N/2
-  bool cosine;          // cosine similarity; else the plain dot product
-  Dtype dtype;          // of x
-  const void* x;        // (B,N,C)
+  std::int64_t r;  // pairs to merge per batch entry, 0 … N/2
+  bool cosine;     // cosine similarity; else the plain dot product
+  Dtype dtype;     // of x
+  const void* x;   // (B,N,C)
   std::int64_t x_stride_b, x_stride_n, x_stride_c;
-  float* score;         // (B,S) with S = (N+1)/2
+  float* score;           // (B,S) with S = (N+1)/2
   std::int32_t* partner;  // (B,S), position in 0 … N−1, −1 when there is no destination
-  std::int32_t* group;  // (B,N), in 0 … N−r−1
+  std::int32_t* group;    // (B,N), in 0 … N−r−1
   void* workspace;        // token_match_workspace_<device>(...) bytes, 64-byte aligned on CPU, 256 on CUDA
   std::int64_t workspace_bytes;
-  int threads;            // CPU only
+  int threads;  // CPU only
 };
 
 // Paddings that serve every ISA level, so that the size of the workspace does not depend on the level in use.

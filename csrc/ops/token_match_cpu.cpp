@@ -176,7 +176,8 @@ struct Matcher {
 
   void match_screened() const {
 #if defined(__AVX512VNNI__)
-    static_assert(kMatchRows % kStripRows == 0 && kMatchStrip >= kStripRows && kMatchPanel == kPanel, "paddings of the workspace");
+    static_assert(kMatchRows % kStripRows == 0 && kMatchStrip >= kStripRows && kMatchPanel == kPanel,
+                  "paddings of the workspace");
     const ScreenScratch& s = scratch.screen;
     const Screen<T, Matcher> screen{*this, s};
     parallel_for(a.B, 1, a.threads, [&](i64 begin, i64 end, int) {

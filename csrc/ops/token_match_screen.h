@@ -3,8 +3,8 @@
 // Let x̃ be a token (divided by its norm for cosine) and m the mean of some destinations; any m is correct, a good one is tight.
 // Round x̃ − m to int8: x̃ = m + p + e with p = scale·q and e what rounding left. Then, by Cauchy-Schwarz,
 //     <x̃_i, x̃_j> = [<m, x̃_i> − <m, m>] + <m, x̃_j> + <p_i, p_j> ± (‖e_i‖·‖p_j‖ + ‖x̃_i − m‖·‖e_j‖ + slack)
-// where <p_i, p_j> is an exact integer times the scales, and slack covers the f32 arithmetic on both sides: each sum of C products
-// errs by at most C·2^-24 of the norms, four such sums are compared, and (4C+256)·2^-24·(‖x̃_i‖+‖m‖)·(‖x̃_j‖+‖m‖) is more.
+// where <p_i, p_j> is an exact integer times the scales, and slack covers the f32 arithmetic on both sides: each sum of C
+// products errs by at most C·2^-24 of the norms, four such sums are compared, and (4C+256)·2^-24·(‖x̃_i‖+‖m‖)·(‖x̃_j‖+‖m‖) is more.
 // The bracket is the same for a whole row. Only a destination whose upper bound reaches the row's best known score is computed
 // in f32, so the result is the exact one, at about a quarter of the multiplications.
 #pragma once
@@ -17,12 +17,12 @@ namespace effvlm::EFFVLM_ISA {
 namespace {
 
 struct ScreenScratch {
-  std::int64_t S, D, Sp, Dp, K;  // sources, destinations, both padded, padded channels
-  float* mean;                   // (B,K)
-  std::uint8_t* source;          // (B,Sp,K): q + 128
-  std::int8_t* destination;      // (B,Dp/16 panels,K,16)
+  std::int64_t S, D, Sp, Dp, K;                                      // sources, destinations, both padded, padded channels
+  float* mean;                                                       // (B,K)
+  std::uint8_t* source;                                              // (B,Sp,K): q + 128
+  std::int8_t* destination;                                          // (B,Dp/16 panels,K,16)
   float *row_scale, *row_error, *row_norm, *row_slack, *row_offset;  // (B,Sp): scale, ‖e‖, ‖x̃−m‖, slack, the bracket above
-  float *scale, *offset, *error, *norm, *reach;  // (B,Dp): scale, <m,x̃>, ‖e‖, no less than ‖p‖, ‖x̃‖+‖m‖
+  float *scale, *offset, *error, *norm, *reach;                      // (B,Dp): scale, <m,x̃>, ‖e‖, no less than ‖p‖, ‖x̃‖+‖m‖
   std::int32_t* shift;  // (B,Dp): 128·Σq, what the +128 of the sources adds to an integer dot product
   float* row;           // (threads,K): one token in f32
   float* strip;         // (threads,kStripRows,Dp): upper bounds of the scores of some sources

@@ -22,7 +22,7 @@ namespace effvlm {
 
 struct TokenMergeArgs {
   std::int64_t B, N, M, C;
-  Dtype dtype;  // of x and out
+  Dtype dtype;    // of x and out
   const void* x;  // (B,N,C)
   std::int64_t x_stride_b, x_stride_n, x_stride_c;
   const std::int32_t* group;  // (B,N), −1 … M−1

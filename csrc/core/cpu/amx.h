@@ -20,9 +20,7 @@ inline Tile& tile(int index) {
   return tiles[index];
 }
 struct TileScope {};
-inline void tile_zero(int t) {
-  std::memset(&tile(t), 0, sizeof(Tile));
-}
+inline void tile_zero(int t) { std::memset(&tile(t), 0, sizeof(Tile)); }
 inline void tile_load(int t, const void* from, std::int64_t row_bytes) {
   for (int i = 0; i < 16; ++i) std::memcpy(tile(t).row[i], static_cast<const char*>(from) + i * row_bytes, 64);
 }

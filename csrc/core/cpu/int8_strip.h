@@ -11,7 +11,7 @@
 #if defined(__AVX512VNNI__)
 namespace effvlm::EFFVLM_ISA {
 
-constexpr int kPanel = 16;                  // rows of b in a panel, one per lane
+constexpr int kPanel = 16;                   // rows of b in a panel, one per lane
 constexpr std::int64_t kInt8MaxK = 1 << 15;  // 255·127·K stays below 2^31
 
 #if defined(EFFVLM_HAS_AMX)

@@ -67,7 +67,8 @@ void parallel_run(std::int64_t count, std::int64_t grain, int threads, ParallelB
   if (team <= 1 || !runtime().parallel) {
     job.run(0);
   } else {  // the runtime may give a smaller team; then fewer threads take all parts
-    runtime().parallel([](void* data) { static_cast<Job*>(data)->run(runtime().thread_num()); }, &job, static_cast<unsigned>(team), 0);
+    runtime().parallel([](void* data) { static_cast<Job*>(data)->run(runtime().thread_num()); }, &job,
+                       static_cast<unsigned>(team), 0);
   }
   if (job.error) std::rethrow_exception(job.error);
 }

@@ -20,7 +20,8 @@ template <class F>
 inline void parallel_for(std::int64_t count, std::int64_t grain, int threads, F&& f) {
   parallel_run(
       count, grain, threads,
-      [](void* context, std::int64_t begin, std::int64_t end, int thread) { (*static_cast<F*>(context))(begin, end, thread); }, &f);
+      [](void* context, std::int64_t begin, std::int64_t end, int thread) { (*static_cast<F*>(context))(begin, end, thread); },
+      &f);
 }
 }  // namespace
 

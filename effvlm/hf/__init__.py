@@ -1,0 +1,5 @@
+"""Where in a Hugging Face model things happen: families, extension points."""
+
+from effvlm.hf.reduce import Reducer, reduce
+
+__all__ = ["Reducer", "reduce"]

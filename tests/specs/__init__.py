@@ -1,0 +1,91 @@
+"""Specs: what tests and bench know of an op. One module per op in this folder; :func:`specs` finds them by itself."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+from effvlm._library import OPS
+
+Args = tuple[Any, ...]
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of sizes, named after the model it comes from or the edge it tests."""
+
+    name: str
+    sizes: Mapping[str, int]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    data: str = "gauss"  # a key of DATA
+    bench: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}-{'x'.join(str(v) for v in self.sizes.values())}-{self.data}"
+
+
+@dataclass(frozen=True)
+class Bad:
+    """Arguments that the op must refuse: ``change`` turns good ones (of the spec's first case) into bad ones."""
+
+    label: str
+    change: Callable[[list[Any]], None]
+    error: type[Exception]
+    text: str
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What an op is checked and timed with. Arguments are those of its schema, in order.
+
+    Attributes:
+        inputs: (case, dtype, generator) → arguments, on the CPU.
+        tolerance: per output, ``"exact"``, ``"one_rounding"`` or ``"reduction"`` (tests/tolerance.py).
+        flops, bytes: of one call, as the op's header states them; bytes are those that must move.
+        compare: replaces the comparison by tolerance: (arguments, got, oracle, same-dtype reference) → raises.
+        peers: other ways to get the same, for bench: name → function of the arguments.
+        run: what to call; default the op itself. Specs with a ``run`` are chains of ops: timed, not conformance-tested.
+    """
+
+    op: str
+    cases: tuple[Case, ...]
+    inputs: Callable[[Case, torch.dtype, torch.Generator], Args]
+    flops: Callable[[Case], float]
+    bytes: Callable[[Case, torch.dtype], float]
+    tolerance: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    compare: Callable[[Args, Tensors, Tensors, Tensors], None] | None = None
+    bad: tuple[Bad, ...] = ()
+    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    run: Callable[..., Tensors] | None = None
+    reference: Callable[..., Tensors] | None = None
+
+    def call(self, *args: Any) -> Tensors:
+        """The compiled thing."""
+        if self.run:
+            return self.run(*args)
+        return tuple(getattr(torch.ops.effvlm, self.op)(*args))
+
+    def refer(self, *args: Any) -> Tensors:
+        """The same in plain PyTorch."""
+        return (self.reference or OPS[self.op].reference)(*args)
+
+    def oracle(self, *args: Any) -> Tensors:
+        """The reference on float64 copies of all floating-point arguments."""
+        return self.refer(*(a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args))
+
+
+@cache
+def specs() -> tuple[Spec, ...]:
+    """Every spec in this folder, by name."""
+    import effvlm.ops  # noqa: F401  (registers the ops)
+
+    names = sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return tuple(importlib.import_module(f"specs.{name}").SPEC for name in names if name != "data")

@@ -1,0 +1,102 @@
+"""Each op as a citizen of torch: fake tensors, opcheck, compile, autograd, more than 2³¹ elements."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from specs import Spec, specs
+
+import effvlm
+from effvlm import _library
+
+OPS = [pytest.param(s, id=s.op) for s in specs() if s.run is None]
+
+
+def _args(spec: Spec, dtype: torch.dtype = torch.float32, case: int = 0) -> tuple:
+    return spec.inputs(spec.cases[case], dtype, torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("spec", OPS)
+def test_opcheck(spec: Spec) -> None:
+    torch.library.opcheck(getattr(torch.ops.effvlm, spec.op).default, _args(spec))
+
+
+@pytest.mark.parametrize("spec", OPS)
+def test_fake_and_real_agree(spec: Spec) -> None:
+    for case in range(len(spec.cases)):
+        for dtype in spec.dtypes:
+            args = _args(spec, dtype, case)
+            real = spec.call(*args)
+            with torch._subclasses.FakeTensorMode() as mode:
+                fake = spec.call(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
+            for r, f in zip(real, fake, strict=True):
+                assert (r.shape, r.dtype, r.stride(), r.device) == (f.shape, f.dtype, f.stride(), f.device)
+
+
+@pytest.mark.parametrize("spec", OPS)
+def test_compiles_without_graph_break(spec: Spec) -> None:
+    args = _args(spec)
+    compiled = torch.compile(spec.call, fullgraph=True, backend="aot_eager", dynamic=True)
+    for a, b in zip(compiled(*args), spec.call(*args), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_public_functions_compile() -> None:
+    def step(x: torch.Tensor) -> torch.Tensor:
+        match = effvlm.token_match(x, 20)
+        return effvlm.token_merge(x, match.group, x.shape[1] - 20).out
+
+    x = torch.randn(2, 64, 32)
+    assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(x), step(x))
+
+
+def test_gradients_come_from_the_reference_and_say_so_once() -> None:
+    x = torch.randn(1, 6, 4, dtype=torch.float32, requires_grad=True)
+    group = torch.tensor([[0, 1, 0, 1, 2, -1]], dtype=torch.int32)
+    _library._said.discard("token_merge")
+    with pytest.warns(UserWarning, match="token_merge"):
+        out = effvlm.token_merge(x, group, 3).out
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        effvlm.token_merge(x, group, 3)
+    out.sum().backward()
+    expected = torch.tensor([0.5, 0.5, 0.5, 0.5, 1.0, 0.0])
+    assert torch.equal(x.grad[0], expected[:, None].expand(6, 4))
+
+
+def test_reference_backend_runs_the_reference() -> None:
+    x = torch.randn(1, 64, 32)
+    calls = []
+    op = _library.OPS["token_match"]
+    watched = _library.Op(op.name, op.check, op.allocate, lambda *a: calls.append(1) or op.reference(*a))
+    with _library.backend("reference"):
+        _library._run(watched, x, 3, True)
+    _library._run(watched, x, 3, True)
+    assert calls == [1]
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """A tensor of 2³¹ + elements of which few pages are ever touched."""
+    C, stride = 64, 2**29 + 64
+    memory = torch.empty(6 * stride, dtype=torch.bfloat16)  # 6.4 GB of addresses; the kernel gives pages on first touch
+    x = memory.as_strided((1, 6, C), (0, stride, 1))
+    small = torch.randn(1, 6, C).bfloat16()
+    x.copy_(small)
+    match = effvlm.token_match(x, 3)
+    assert all(torch.equal(a, b) for a, b in zip(match, effvlm.token_match(small, 3), strict=True))
+    out = effvlm.token_merge(x, match.group, 3).out
+    assert torch.equal(out, effvlm.token_merge(small, match.group, 3).out)
+
+
+def test_cuda_tensors_without_cuda_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library._core, "cuda_version", "", raising=False)
+    op = _library.OPS["token_match"]
+    meta = _library.Op(op.name, lambda *a: None, lambda *a: (_Cuda(),), op.reference)
+    with pytest.raises(RuntimeError, match="EFFVLM_CUDA=ON"):
+        _library._run(meta, torch.zeros(1, 4, 4), 1, True)
+
+
+class _Cuda:
+    device = torch.device("cuda", 0)
