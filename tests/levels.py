@@ -1,4 +1,4 @@
-"""Where the conformance suite runs an op: every ISA level of this machine, emulated AMX, emulated CUDA, and a GPU if there is one."""
+"""Where the conformance suite runs an op: every ISA level of this machine, emulated AMX, emulated CUDA, a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from effvlm import _core, _library
 
 ROOT = Path(__file__).parents[1]
 LEVELS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx", "amx_emulated", "cuda")
-_AMX_FLAGS = "-mavx2 -mfma -mf16c -mbmi2 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512vbmi -mavx512vbmi2 -mavx512bf16"
+AMX_FLAGS = (
+    "-mavx2 -mfma -mf16c -mbmi2 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512vbmi -mavx512vbmi2 -mavx512bf16"
+)
 
 
 def why_not(level: str) -> str:
@@ -38,10 +40,16 @@ def amx_emulated() -> ModuleType:
     import pybind11
 
     ops = [word.removesuffix("_cpu.cpp") for word in sorted(p.name for p in (ROOT / "csrc/ops").glob("*_cpu.cpp"))]
-    sources = ["bindings.cpp", "core/check.cpp", "core/cpu/isa.cpp", "core/cpu/parallel.cpp", *(f"ops/{op}_cpu.cpp" for op in ops)]
+    sources = [
+        "bindings.cpp",
+        "core/check.cpp",
+        "core/cpu/isa.cpp",
+        "core/cpu/parallel.cpp",
+        *(f"ops/{op}_cpu.cpp" for op in ops),
+    ]
     out = Path(tempfile.mkdtemp(prefix="effvlm-amx-")) / f"_core{EXTENSION_SUFFIXES[0]}"
     includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
-    command = ["c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-w", *_AMX_FLAGS.split()]
+    command = ["c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-w", *AMX_FLAGS.split()]
     command += ["-DEFFVLM_ISA=amx", "-DEFFVLM_ONLY_LEVEL=amx", "-DEFFVLM_EMULATE_AMX", *(f"-I{i}" for i in includes)]
     subprocess.run([*command, *(str(ROOT / "csrc" / s) for s in sources), "-o", str(out), "-ldl"], check=True)
     spec = spec_from_file_location("_core", out)

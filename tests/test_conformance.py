@@ -99,9 +99,7 @@ def test_writes_stay_inside(spec: Spec, level: str) -> None:
                 def guarded(*a: Any, store: list[torch.Tensor] = outer) -> tuple[torch.Tensor, ...]:
                     for t in op.allocate(*a):
                         store.append(torch.full((t.numel() + 34,), 77, dtype=t.dtype, device=t.device))
-                    return tuple(
-                        b[17 : 17 + t.numel()].view(t.shape) for b, t in zip(store, op.allocate(*a), strict=True)
-                    )
+                    return tuple(b[17 : 17 + t.numel()].view(t.shape) for b, t in zip(store, op.allocate(*a), strict=True))
 
                 watched = _library.Op(op.name, op.check, guarded, op.reference)
                 got = _library._run(watched, *args)

@@ -52,13 +52,10 @@ def make_processor() -> Any:
     )
 
 
-def make_config() -> Any:
-    """LLaVA: SigLIP tower (4 × 128), GraniteMoeHybrid text model (Mamba-2 and attention layers, 16 experts, 2 at a time)."""
-    from transformers import GraniteMoeHybridConfig, LlavaConfig, SiglipVisionConfig
+def _vision_config() -> Any:
+    from transformers import SiglipVisionConfig
 
-    words = len(SPECIAL) + len(vocabulary())
-    ids = {token: i for i, token in enumerate(SPECIAL)}
-    vision = SiglipVisionConfig(
+    return SiglipVisionConfig(
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=4,
@@ -67,13 +64,19 @@ def make_config() -> Any:
         patch_size=PATCH,
         vision_use_head=False,
     )
-    text = GraniteMoeHybridConfig(
+
+
+def _text_config(ids: dict[str, int]) -> Any:
+    from transformers import GraniteMoeHybridConfig
+
+    words = len(SPECIAL) + len(vocabulary())
+    return GraniteMoeHybridConfig(
         vocab_size=-(-words // 16) * 16,
         hidden_size=128,
         intermediate_size=64,
         shared_intermediate_size=128,
         num_hidden_layers=6,
-        layer_types=["mamba", "attention", "mamba", "attention", "mamba", "attention"],
+        layer_types=["mamba", "attention"] * 3,
         num_attention_heads=4,
         num_key_value_heads=4,
         attention_multiplier=32**-0.5,
@@ -90,9 +93,16 @@ def make_config() -> Any:
         bos_token_id=ids[END],
         eos_token_id=ids[END],
     )
+
+
+def make_config() -> Any:
+    """LLaVA: SigLIP tower (4 × 128), GraniteMoeHybrid text model (Mamba-2 and attention layers, 16 experts, 2 at a time)."""
+    from transformers import LlavaConfig
+
+    ids = {token: i for i, token in enumerate(SPECIAL)}
     return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config=_vision_config(),
+        text_config=_text_config(ids),
         image_token_index=ids[IMAGE],
         image_seq_length=VISUAL_TOKENS,
         vision_feature_layer=-1,

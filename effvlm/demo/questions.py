@@ -59,7 +59,7 @@ def count(scene: Scene, rng: np.random.Generator) -> Answered | None:
 
 
 def exists(scene: Scene, rng: np.random.Generator) -> Answered | None:
-    """Whether there is a shape of a colour; yes and no are equally likely, and a no has the shape or the colour in the picture."""
+    """Whether there is a shape of a colour; yes and no are equally likely; a no has the shape or the colour in the picture."""
     there = {t.name for _, t in scene.things() if t.shape}
     seen_colors = {t.color for _, t in scene.things()}
     seen_shapes = {t.shape for _, t in scene.things()}
@@ -94,6 +94,19 @@ KINDS: dict[str, Callable[[Scene, np.random.Generator], Answered | None]] = {
 
 def vocabulary() -> list[str]:
     """Every word that questions and answers use, in a fixed order."""
-    asked = "what color is the thing at shape which digit small or large how many things are there a where left right of above below"
-    words = [*asked.split(), *COLORS, *SHAPES, *SIZES, *" ".join(PLACES).split(), *map(str, range(10)), "yes", "no", "nothing", "?"]
+    asked = (
+        "what color is the thing at shape which digit small or large how many things are there a where left right of above below"
+    )
+    words = [
+        *asked.split(),
+        *COLORS,
+        *SHAPES,
+        *SIZES,
+        *" ".join(PLACES).split(),
+        *map(str, range(10)),
+        "yes",
+        "no",
+        "nothing",
+        "?",
+    ]
     return list(dict.fromkeys(words))

@@ -6,9 +6,11 @@ ones that tests and the demo show ship with the package, the ones to train on co
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,11 +107,11 @@ def training_scans() -> Scans:
 
 def _star(u: Float, v: Float, r: Float) -> Float:
     outline = 0.42 + 0.58 * np.abs(np.cos(2.5 * np.arctan2(u, -v))) ** 1.5
-    return np.hypot(u, v) - r * outline
+    return np.asarray(np.hypot(u, v) - r * outline, dtype=np.float32)
 
 
 # Signed distances (pixels, negative inside) of a shape of radius r at (u, v) from its centre.
-_DISTANCE = {
+_DISTANCE: dict[str, Callable[[Float, Float, Any], Float]] = {
     "circle": lambda u, v, r: np.hypot(u, v) - r,
     "square": lambda u, v, r: np.maximum(np.abs(u), np.abs(v)) - 0.85 * r,
     "triangle": lambda u, v, r: np.maximum(np.maximum(0.866 * u - 0.5 * v, -0.866 * u - 0.5 * v), v) - 0.55 * r,

@@ -65,7 +65,12 @@ class CellHeads(nn.Module):
 
 def _labels(scenes: list[Scene]) -> dict[str, Tensor]:
     """(B, 9) int64 for every read-out."""
-    names: dict[str, tuple[Any, ...]] = {"color": tuple(COLORS), "shape": SHAPES, "size": SIZES, "digit": tuple(range(10))}
+    names: dict[str, tuple[Any, ...]] = {
+        "color": tuple(COLORS),
+        "shape": SHAPES,
+        "size": SIZES,
+        "digit": tuple(range(10)),
+    }
 
     def label(name: str, thing: Any) -> int:
         value = thing and getattr(thing, name)
@@ -171,7 +176,12 @@ class Run:
             optimizer.step()
             if step % 50 == 49:
                 shown = {**right, "digit_by_token": token_right["digit"]}
-                self.log(stage="tower", step=step + 1, loss=round(loss.item(), 4), **{k: round(v, 3) for k, v in shown.items()})
+                self.log(
+                    stage="tower",
+                    step=step + 1,
+                    loss=round(loss.item(), 4),
+                    **{k: round(v, 3) for k, v in shown.items()},
+                )
         self.save("tower", TOWER_STEPS, optimizer)
 
     def train_language(self) -> None:

@@ -17,7 +17,7 @@ class Family:
 
     Attributes:
         encoder_arguments: keyword arguments of the model's forward that belong to the vision encoder.
-        encode: (model, encoder arguments) → the model's own encoder output, whose ``pooler_output`` is one (N, C) tensor per image.
+        encode: (model, encoder arguments) → the model's encoder output, whose ``pooler_output`` is one (N, C) tensor per image.
         placeholder: (model) → id of the token that stands for one visual token in ``input_ids``.
     """
 

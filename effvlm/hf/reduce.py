@@ -42,9 +42,7 @@ class Reducer:
         self.model.generate = self._generate
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         del self.model.generate
         self._hook.remove()
 
@@ -105,7 +103,9 @@ class Reducer:
         self.tokens_out += sum(map(len, reduced))
         return reduced, places
 
-    def _before_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _before_forward(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         named = inspect.signature(model.forward).bind_partial(*args, **kwargs)
         inputs = {**named.arguments, **named.arguments.get("kwargs", {})}
         inputs.pop("kwargs", None)

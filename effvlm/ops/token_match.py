@@ -48,7 +48,7 @@ def allocate(x: torch.Tensor, r: int, cosine: bool) -> Tensors:
 
 def groups_of(score: torch.Tensor, partner: torch.Tensor, r: int, N: int) -> torch.Tensor:
     """The grouping that merges the ``r`` best sources into their partners, from (B, S) scores and partners → (B, N) int32."""
-    B, S = score.shape
+    B = score.shape[0]
     best = score.argsort(dim=-1, descending=True, stable=True)[:, :r]  # stable: ties go to the lowest position
     anchor = torch.arange(N, device=score.device).expand(B, N).clone()
     anchor.scatter_(1, 2 * best, partner.long().gather(1, best))

@@ -64,9 +64,7 @@ def reference(x: torch.Tensor, group: torch.Tensor, num_groups: int, weight: tor
 _op = register("token_merge", SCHEMA, check=check, allocate=allocate, reference=reference)
 
 
-def token_merge(
-    x: torch.Tensor, group: torch.Tensor, num_groups: int, *, weight: torch.Tensor | None = None
-) -> TokenMerge:
+def token_merge(x: torch.Tensor, group: torch.Tensor, num_groups: int, *, weight: torch.Tensor | None = None) -> TokenMerge:
     """Weighted mean of each group of tokens: drop, gather, merge and pool are all this one call.
 
     Equivalent to, for every group ``m``: ``out[b, m] = (w[b, n] * x[b, n]).sum(n) / w[b, n].sum(n)`` over ``group[b, n] == m``.

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from effvlm.ops import token_match, token_merge
+from effvlm.ops.token_match import token_match
+from effvlm.ops.token_merge import token_merge
 from effvlm.tokens.base import Tokens, check_keep, kept
 
 
@@ -42,7 +43,7 @@ class ToMe:
         return tokens
 
     def _round(self, tokens: Tokens, target: int) -> Tokens:
-        B, N, _ = tokens.x.shape
+        N = tokens.x.shape[1]
         M = max(target, N - N // 2)
         group = token_match(tokens.x, N - M, metric=self.metric).group
         x, size = token_merge(tokens.x, group, M, weight=tokens.size)

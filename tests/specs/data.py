@@ -39,4 +39,10 @@ def _norms(B: int, N: int, C: int, g: torch.Generator) -> torch.Tensor:
     return x
 
 
-DATA: dict[str, Make] = {"gauss": _gauss, "image": _image, "duplicates": _duplicates, "integers": _integers, "norms": _norms}
+DATA: dict[str, Make] = {
+    "gauss": _gauss,
+    "image": _image,
+    "duplicates": _duplicates,
+    "integers": _integers,
+    "norms": _norms,
+}

@@ -1,15 +1,15 @@
-"""token_match: exact where the arithmetic is, by score elsewhere: a partner is right when no other is better by more than rounding."""
+"""token_match: exact where the arithmetic is; elsewhere a partner is right when no other is better by more than rounding."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from specs import Args, Bad, Case, Spec, Tensors
-from specs.data import DATA
 from tolerance import reduction_limit
 
 from effvlm.ops.token_match import groups_of
+from specs import Args, Bad, Case, Spec, Tensors
+from specs.data import DATA
 
 CASES = (
     Case("siglip_b", {"B": 2, "N": 196, "C": 64}, {"r": 98}),
@@ -47,7 +47,9 @@ def compare(args: Args, got: Tensors, oracle: Tensors, same: Tensors) -> None:
     x, r, cosine = args
     score, partner, group = (t.cpu() for t in got)
     x, N = x.detach().cpu().double(), x.shape[1]
-    limit = reduction_limit("score", oracle[0], same[0], terms=x.norm(dim=-1).max().item() ** 2 if not cosine and x.numel() else 1.0)
+    limit = reduction_limit(
+        "score", oracle[0], same[0], terms=x.norm(dim=-1).max().item() ** 2 if not cosine and x.numel() else 1.0
+    )
     assert (score - oracle[0]).abs().le(limit).all(), f"score: worst error {(score - oracle[0]).abs().max()}, limit {limit}"
     if N > 1 and score.numel():
         assert (partner % 2 == 1).all(), "partner: expected odd positions"
@@ -58,7 +60,9 @@ def compare(args: Args, got: Tensors, oracle: Tensors, same: Tensors) -> None:
         short = all_scores.amax(-1) - chosen
         assert short.le(2 * limit).all(), f"partner: one is worse than the best by {short.max()}, limit {2 * limit}"
         if torch.equal(x, x.round()) and not cosine:
-            assert torch.equal(partner, oracle[1].to(torch.int32)), "partner: exact arithmetic, so the lowest index of the maximum"
+            assert torch.equal(partner, oracle[1].to(torch.int32)), (
+                "partner: exact arithmetic, so the lowest index of the maximum"
+            )
     else:
         assert (partner == -1).all()
     assert torch.equal(group, groups_of(score, partner, r, N)), "group: not what the op's own scores and partners give"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from specs import Args, Bad, Case, Spec
 from specs.data import DATA
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from specs import Case, Spec, Tensors
-from specs.token_match import CASES, inputs
 
 from effvlm.ops import token_match, token_merge
 from effvlm.ops.token_match import reference as match_reference
 from effvlm.ops.token_merge import reference as merge_reference
+from specs import Case, Spec, Tensors
+from specs.token_match import CASES, inputs
 
 
 def step(x: torch.Tensor, r: int, cosine: bool) -> Tensors:
@@ -50,7 +50,7 @@ def _moved(case: Case, dtype: torch.dtype) -> float:
 
 SPEC = Spec(
     op="tome_step",
-    cases=tuple(c for c in CASES if c.bench) + (CASES[0],),
+    cases=(CASES[0], *(c for c in CASES if c.bench)),
     inputs=inputs,
     tolerance=("one_rounding", "reduction"),
     run=step,

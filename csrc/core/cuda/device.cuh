@@ -1,0 +1,98 @@
+// What device code may use of CUDA: types, conversions, 16-byte packs, warp operations. Kernels under csrc/ops call these and no
+// intrinsic of CUDA's own, so that the same kernel source also compiles for the host (tests/simt), where EFFVLM_SIMT is defined.
+#pragma once
+#include <cstdint>
+
+#include "core/dtype.h"
+
+#if defined(EFFVLM_SIMT)
+#include "simt.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+namespace effvlm {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// ---- conversions, one rounding to nearest even ----
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
+  float f;
+  memcpy(&f, &bits, sizeof f);
+  return f;
+}
+__device__ __forceinline__ float to_float(f16 x) { return __half2float(__half(__half_raw{x.bits})); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ f16 from_float<f16>(float x) {
+  return f16{static_cast<__half_raw>(__float2half_rn(x)).x};
+}
+template <>
+__device__ __forceinline__ bf16 from_float<bf16>(float x) {
+  return bf16{static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(x)).x};
+}
+
+// ---- packs: 16 bytes, one memory transaction per thread; the address must be a multiple of 16 ----
+template <class T>
+struct alignas(16) Pack {
+  static constexpr int size = 16 / sizeof(T);
+  T element[size];
+};
+template <class T>
+__device__ __forceinline__ Pack<T> load_pack(const T* p) {
+  return *reinterpret_cast<const Pack<T>*>(p);
+}
+template <class T>
+__device__ __forceinline__ void store_pack(T* p, const Pack<T>& x) {
+  *reinterpret_cast<Pack<T>*>(p) = x;
+}
+
+// ---- warp operations; all 32 lanes must take part ----
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T x, int lanes) {
+  return __shfl_xor_sync(kAllLanes, x, lanes);
+}
+template <class T>
+__device__ __forceinline__ T shuffle_up(T x, int lanes) {
+  return __shfl_up_sync(kAllLanes, x, lanes);
+}
+__device__ __forceinline__ float warp_sum(float x) {
+  for (int lanes = kWarp / 2; lanes; lanes /= 2) x += shuffle_xor(x, lanes);
+  return x;
+}
+
+// Sum of x over the threads before this one, in order of threadIdx.x, and the sum of all in `total`. For 1-D blocks of whole
+// warps, at most 32 of them; scratch: 32 ints in shared memory, free again on return.
+__device__ __forceinline__ int block_exclusive_sum(int x, int* scratch, int& total) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  int sum = x;
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+    const int before = shuffle_up(sum, lanes);
+    if (lane >= lanes) sum += before;
+  }
+  if (lane == kWarp - 1) scratch[warp] = sum;
+  __syncthreads();  // every warp's sum is in scratch
+  int offset = 0;
+  total = 0;
+  for (int w = 0; w < warps; ++w) {
+    if (w < warp) offset += scratch[w];
+    total += scratch[w];
+  }
+  __syncthreads();  // everyone has read scratch before it is used again
+  return offset + sum - x;
+}
+
+__device__ __forceinline__ void add_shared(int* counter, int value) { atomicAdd(counter, value); }
+
+}  // namespace effvlm

@@ -1,0 +1,218 @@
+#include "core/cuda/launch.cuh"
+#include "core/dispatch.h"
+#include "ops/token_match.h"
+
+namespace effvlm {
+namespace {
+
+using i64 = std::int64_t;
+using i32 = std::int32_t;
+
+constexpr int kTile = 64;      // sources and destinations of a tile
+constexpr int kDepth = 16;     // channels staged at a time
+constexpr int kThreads = 256;  // 16 × 16 threads, 4 × 4 pairs each
+constexpr int kSelectThreads = 512;
+constexpr int kMaxSplits = 32;
+
+struct Best {  // of one source among some destinations
+  float score;
+  i32 destination;
+};
+
+// Workspace: inverse norms (B,N), then the best of every part of the destinations (splits,B,S).
+struct Work {
+  float* inverse_norm;
+  Best* best;
+};
+__host__ __device__ inline Work work_of(const TokenMatchArgs& a) {
+  float* start = static_cast<float*>(a.workspace);
+  return {start, reinterpret_cast<Best*>(start + (a.B * a.N + 1) / 2 * 2)};
+}
+
+template <class T>
+__device__ __forceinline__ const T* token(const TokenMatchArgs& a, i64 b, i64 n) {
+  return static_cast<const T*>(a.x) + b * a.x_stride_b + n * a.x_stride_n;
+}
+
+// A higher score wins; of equal scores, the lower destination. −1 stands for none, and loses.
+__device__ __forceinline__ Best better(Best x, Best y) {
+  if (y.destination < 0) return x;
+  if (x.destination < 0 || y.score > x.score || (y.score == x.score && y.destination < x.destination)) return y;
+  return x;
+}
+
+// Warp ↔ token.
+template <class T>
+__global__ void __launch_bounds__(kThreads) token_match_norms_kernel(TokenMatchArgs a) {
+  const int lane = threadIdx.x % kWarp, warps = kThreads / kWarp;
+  for (i64 t = static_cast<i64>(blockIdx.x) * warps + threadIdx.x / kWarp; t < a.B * a.N;
+       t += static_cast<i64>(gridDim.x) * warps) {
+    const T* x = token<T>(a, t / a.N, t % a.N);
+    float square = 0;
+    for (i64 c = lane; c < a.C; c += kWarp) {
+      const float value = to_float(x[c * a.x_stride_c]);
+      square += value * value;
+    }
+    square = warp_sum(square);
+    if (lane == 0) work_of(a).inverse_norm[t] = !a.cosine ? 1.0f : square > 0 ? 1 / sqrtf(square) : 0.0f;
+  }
+}
+
+// One row of kDepth channels of every token of a tile, transposed: stage[channel][token]. Zeros outside the tensor.
+template <class T>
+__device__ __forceinline__ void stage_tile(const TokenMatchArgs& a, i64 b, i64 first, i64 count, int parity, i64 c0,
+                                           float (*stage)[kTile + 4]) {
+  const int row = threadIdx.x / 4, column = threadIdx.x % 4 * 4;  // 4 threads per token, 4 neighbouring channels each
+  const i64 index = first + row;
+  const T* x = token<T>(a, b, 2 * (index < count ? index : 0) + parity);
+  for (int k = 0; k < 4; ++k) {
+    const i64 c = c0 + column + k;
+    stage[column + k][row] = index < count && c < a.C ? to_float(x[c * a.x_stride_c]) : 0.0f;
+  }
+}
+
+// Block ↔ 64 sources × one part of the destinations, 64 at a time; thread (ty, tx) ↔ sources 4·ty …, destinations 4·tx …; each
+// keeps the best of its four sources in registers, and the 16 threads of a row settle it by shuffles at the end.
+template <class T>
+__global__ void __launch_bounds__(kThreads) token_match_scores_kernel(TokenMatchArgs a, i64 source_tiles, int splits) {
+  __shared__ float sources[kDepth][kTile + 4],
+      destinations[kDepth][kTile + 4];  // + 4: columns of different rows, different banks
+  const i64 S = (a.N + 1) / 2, D = a.N / 2, tiles = (D + kTile - 1) / kTile;
+  const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+  for (i64 task = blockIdx.x; task < a.B * source_tiles * splits; task += gridDim.x) {
+    const i64 split = task % splits, b = task / splits / source_tiles, i0 = task / splits % source_tiles * kTile;
+    const float* inverse = work_of(a).inverse_norm + b * a.N;
+    Best best[4] = {{0, -1}, {0, -1}, {0, -1}, {0, -1}};
+    for (i64 tile = tiles * split / splits; tile < tiles * (split + 1) / splits; ++tile) {
+      const i64 j0 = tile * kTile;
+      float sum[4][4] = {};
+      for (i64 c0 = 0; c0 < a.C; c0 += kDepth) {
+        stage_tile<T>(a, b, i0, S, 0, c0, sources);
+        stage_tile<T>(a, b, j0, D, 1, c0, destinations);
+        __syncthreads();  // both tiles are staged
+        for (int c = 0; c < kDepth; ++c)
+          for (int i = 0; i < 4; ++i)
+            for (int j = 0; j < 4; ++j) sum[i][j] += sources[c][4 * ty + i] * destinations[c][4 * tx + j];
+        __syncthreads();  // everyone is through with them
+      }
+      for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 4; ++j) {
+          const i64 source = i0 + 4 * ty + i, destination = j0 + 4 * tx + j;
+          if (source >= S || destination >= D) continue;
+          float score = sum[i][j] * inverse[2 * destination + 1] * inverse[2 * source] + 0.0f;  // + 0: no −0
+          if (!(score == score)) score = -INFINITY;
+          best[i] = better(best[i], Best{score, static_cast<i32>(destination)});
+        }
+    }
+    for (int i = 0; i < 4; ++i) {
+      for (int lanes = 8; lanes; lanes /= 2)
+        best[i] = better(best[i], Best{shuffle_xor(best[i].score, lanes), shuffle_xor(best[i].destination, lanes)});
+      const i64 source = i0 + 4 * ty + i;
+      if (tx == 0 && source < S) work_of(a).best[(split * a.B + b) * S + source] = best[i];
+    }
+  }
+}
+
+__device__ __forceinline__ std::uint32_t sort_key(float x) {  // unsigned order of keys = order of floats
+  std::uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// The r-th largest key of `score`, and how many keys equal to it are among the r largest: radix select, a byte at a time.
+__device__ __forceinline__ std::uint32_t kth_key(const float* score, i64 S, i64 r, int* count, i64& equal) {
+  __shared__ i32 chosen[2];
+  std::uint32_t prefix = 0;
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    if (threadIdx.x < 256) count[threadIdx.x] = 0;
+    __syncthreads();  // counters are zero
+    for (i64 i = threadIdx.x; i < S; i += blockDim.x) {
+      const std::uint32_t key = sort_key(score[i]);
+      if (shift == 24 || (key ^ prefix) >> (shift + 8) == 0) add_shared(&count[key >> shift & 255], 1);
+    }
+    __syncthreads();  // counters are complete
+    if (threadIdx.x == 0) {
+      int digit = 255;
+      i32 left = static_cast<i32>(r);
+      for (; left > count[digit]; --digit) left -= count[digit];
+      chosen[0] = digit, chosen[1] = left;
+    }
+    __syncthreads();  // the digit is chosen
+    prefix |= static_cast<std::uint32_t>(chosen[0]) << shift;
+    r = chosen[1];
+    __syncthreads();  // everyone has read it
+  }
+  equal = r;
+  return prefix;
+}
+
+// Block ↔ batch entry: settle the splits, find the r best sources, number the groups. Each thread owns a contiguous run of
+// places, so that prefix sums over threads are in order of places.
+__global__ void __launch_bounds__(kSelectThreads) token_match_select_kernel(TokenMatchArgs a, int splits) {
+  __shared__ i32 count[256], scratch[kWarp];
+  const i64 S = (a.N + 1) / 2;
+  for (i64 b = blockIdx.x; b < a.B; b += gridDim.x) {
+    float* score = a.score + b * S;
+    i32 *partner = a.partner + b * S, *group = a.group + b * a.N;
+    for (i64 i = threadIdx.x; i < S; i += blockDim.x) {
+      Best best{0, -1};
+      if (a.N > 1)
+        for (int split = 0; split < splits; ++split) best = better(best, work_of(a).best[(split * a.B + b) * S + i]);
+      score[i] = best.score, partner[i] = best.destination < 0 ? -1 : 2 * best.destination + 1;
+    }
+    __syncthreads();  // scores of the whole entry are written (and visible to its block)
+    i64 equal = 0;
+    const std::uint32_t least = a.r ? kth_key(score, S, a.r, count, equal) : 0;
+    const i64 per_thread = (S + blockDim.x - 1) / blockDim.x, first = threadIdx.x * per_thread;
+    const i64 last = first + per_thread < S ? first + per_thread : S;
+    int ties = 0, total;
+    for (i64 i = first; i < last; ++i) ties += a.r && sort_key(score[i]) == least;
+    i64 tie = block_exclusive_sum(ties, scratch, total);
+    int anchors = 0;
+    for (i64 i = first; i < last; ++i) {
+      const std::uint32_t key = sort_key(score[i]);
+      const bool merged = a.r && (key > least || (key == least && tie++ < equal));
+      group[2 * i] = merged ? -1 : 0;
+      anchors += !merged + (2 * i + 1 < a.N);
+    }
+    int next = block_exclusive_sum(anchors, scratch, total);
+    for (i64 i = first; i < last; ++i) {
+      if (group[2 * i] == 0) group[2 * i] = next++;
+      if (2 * i + 1 < a.N) group[2 * i + 1] = next++;
+    }
+    __syncthreads();  // destinations are numbered
+    for (i64 i = first; i < last; ++i)
+      if (group[2 * i] < 0) group[2 * i] = group[partner[i]];
+  }
+}
+
+// Parts that the destinations are split into, so that small problems fill the device: about two blocks per multiprocessor.
+int pick_splits(i64 B, i64 N, int multiprocessors) {
+  const i64 tiles = (N / 2 + kTile - 1) / kTile, blocks = B * (((N + 1) / 2 + kTile - 1) / kTile);
+  const i64 wanted = blocks ? (2 * multiprocessors + blocks - 1) / blocks : 1;
+  const i64 most = tiles < kMaxSplits ? tiles : kMaxSplits;
+  return static_cast<int>(wanted < 1 ? 1 : wanted > most ? (most ? most : 1) : wanted);
+}
+
+}  // namespace
+
+i64 token_match_workspace_cuda(i64 B, i64 N, i64, Dtype) {
+  return 4 * (B * N + 2) + static_cast<i64>(sizeof(Best)) * kMaxSplits * B * ((N + 1) / 2);
+}
+
+void token_match_cuda(const TokenMatchArgs& a, int device, void* stream) {
+  if (a.B == 0 || a.N == 0) return;
+  const DeviceGuard guard(device);
+  const i64 source_tiles = ((a.N + 1) / 2 + kTile - 1) / kTile, warps = kThreads / kWarp;
+  const int splits = pick_splits(a.B, a.N, multiprocessors(device));
+  base::by_float_dtype("token_match", a.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    launch("token_match_norms_kernel", token_match_norms_kernel<T>, dim3(grid_for((a.B * a.N + warps - 1) / warps)),
+           dim3(kThreads), stream, a);
+    launch("token_match_scores_kernel", token_match_scores_kernel<T>, dim3(grid_for(a.B * source_tiles * splits)), dim3(kThreads),
+           stream, a, source_tiles, splits);
+  });
+  launch("token_match_select_kernel", token_match_select_kernel, dim3(grid_for(a.B)), dim3(kSelectThreads), stream, a, splits);
+}
+
+}  // namespace effvlm

@@ -1,0 +1,120 @@
+"""The shell: ``effvlm demo | run | info``. People's side of things; what is computed is decided elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Run Hugging Face vision-language models smaller and faster on the machine you have.",
+)
+notes = Console(stderr=True)  # standard output belongs to results
+_options = {"debug": False}
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        from importlib.metadata import version
+
+        print(version("effvlm"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Options of every command."""
+    _options["debug"] = debug
+
+
+@app.command()
+def demo(
+    n: Annotated[int, typer.Option("--n", min=8, help="Held-out questions per row of the table.")] = 400,
+    seed: Annotated[int, typer.Option(help="Which held-out questions.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the contact sheet.")] = Path("effvlm-demo"),
+    images: Annotated[Path | None, typer.Option(help="Also answer questions about the pictures in this folder.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Ask the built-in demo VLM held-out questions, with all and with fewer visual tokens."""
+    from effvlm.demo import show
+
+    result = show.run(notes, n=n, seed=seed, out=out, images=images)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show.print_tables(Console(), result)
+
+
+@app.command()
+def run(
+    image: Annotated[Path, typer.Option(help="The picture.")],
+    prompt: Annotated[str, typer.Option(help="The question about it.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id of an image-text-to-text model; default: the demo VLM.")
+    ] = None,
+    keep: Annotated[float, typer.Option(help="Share of the visual tokens to keep, in (0, 1].")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
+    as_json: JsonFlag = False,
+) -> None:
+    """Answer one question about a picture of yours."""
+    from effvlm import ask
+
+    result = ask.answer(notes, image=image, prompt=prompt, model=model, keep=keep, max_new_tokens=max_new_tokens)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print(result["answer"])
+        notes.print(
+            f"[dim]{result['visual_tokens_in']} → {result['visual_tokens_out']} visual tokens, {result['seconds']:.2f} s[/]"
+        )
+
+
+@app.command()
+def info(as_json: JsonFlag = False) -> None:
+    """Versions, the kernels in use, what this machine lacks and why."""
+    from effvlm import _info
+
+    facts = _info.facts()
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        _info.print_facts(Console(), facts)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: every expected error is one line on standard error and exit code 1; Ctrl-C is 130."""
+    command: Any = typer.main.get_command(app)
+    try:
+        code = command.main(args=arguments, prog_name="effvlm", standalone_mode=False)
+    except KeyboardInterrupt:
+        notes.print("effvlm: interrupted")
+        code = 130
+    except Exception as error:
+        code = _report(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: Exception) -> int:
+    if _options["debug"]:
+        raise error
+    if type(error).__name__ == "Abort":  # typer's form of Ctrl-C
+        notes.print("effvlm: interrupted")
+        return 130
+    if hasattr(error, "format_message"):  # a wrong option: typer's own sentence, which names the nearest one
+        text, code = error.format_message(), 2
+    else:
+        text, code = f"{error}" or type(error).__name__, 1
+    notes.print(f"effvlm: {' '.join(text.split())}", markup=False, highlight=False, soft_wrap=True)
+    return code

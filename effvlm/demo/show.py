@@ -1,0 +1,192 @@
+"""``effvlm demo``: the table, the samples and the contact sheet."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from effvlm._info import cpu_name
+from effvlm.ask import open_image
+from effvlm.demo.evaluation import Sample, answer, evaluate, load, samples
+from effvlm.demo.sheet import Tile, contact_sheet
+from effvlm.hf import reduce
+from effvlm.tokens import ToMe
+
+KEEPS = (1.0, 0.5, 0.25, 0.1)
+OWN_QUESTIONS = (
+    "what color is the thing at the center ?",
+    "what shape is at the center ?",
+    "how many red things are there ?",
+)
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+
+
+def _at(model: Any, keep: float) -> Any:
+    """The unmodified model at 1, reduced below."""
+    return nullcontext() if keep == 1 else reduce(model, ToMe(keep=keep))
+
+
+def _name(keep: float) -> str:
+    return "unmodified" if keep == 1 else f"ToMe, keep {keep:.0%}"
+
+
+@contextmanager
+def _peak_memory(row: dict[str, Any]) -> Iterator[None]:
+    """Peak resident memory of the process in the block, MB, on Linux (elsewhere None): the kernel's own high-water mark."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # so that a row does not inherit what the one before it freed
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        pass
+    yield
+    try:
+        status = Path("/proc/self/status").read_text()
+        row["peak_memory_mb"] = round(int(status.split("VmHWM:")[1].split()[0]) / 1024, 1)
+    except (OSError, IndexError):
+        row["peak_memory_mb"] = None
+
+
+def prefill_ms(model: Any, processor: Any, sample: Sample, runs: int = 15) -> tuple[float, int]:
+    """(median milliseconds of the language model's own forward over one prompt, its length), from hooks around real calls."""
+    language, times, length = model.model.language_model, [], 0
+
+    def before(module: Any, args: Any, kwargs: Any) -> None:
+        nonlocal length
+        length = kwargs["inputs_embeds"].shape[1]
+        times.append(-time.perf_counter())
+
+    def after(module: Any, args: Any, out: Any) -> None:
+        times[-1] += time.perf_counter()
+
+    hooks = [language.register_forward_pre_hook(before, with_kwargs=True), language.register_forward_hook(after)]
+    inputs = processor(images=[sample.image], text=[f"<image> {sample.question} <answer>"], return_tensors="pt")
+    try:
+        with torch.no_grad():
+            for _ in range(runs + 2):  # the first two warm up
+                model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return 1e3 * statistics.median(times[2:]), length
+
+
+def _row(model: Any, processor: Any, keep: float, n: int, seed: int, sample: Sample, step: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": _name(keep), "keep": keep}
+    with _at(model, keep) as reducer:
+        row["prefill_ms"], row["prompt_tokens"] = prefill_ms(model, processor, sample)
+        with _peak_memory(row):
+            result = evaluate(model, n, seed=seed, processor=processor, progress=step)
+    row.update({k: result[k] for k in ("accuracy", "right", "n", "kinds")})
+    row["ms_per_answer"] = 1e3 * result["seconds"] / n
+    row["visual_tokens"] = model.config.image_seq_length if reducer is None else reducer.tokens_out / reducer.images
+    return row
+
+
+def _own_pictures(folder: Path | None) -> list[tuple[str, Image.Image]]:
+    if folder is None:
+        return []
+    if not folder.is_dir():
+        raise FileNotFoundError(f"demo: expected a folder of pictures, found none at {folder}")
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in _PICTURES)
+    if not paths:
+        raise ValueError(f"demo: expected pictures ({', '.join(_PICTURES)}) in {folder}, found none")
+    return [(path.name, open_image(path)) for path in paths]
+
+
+def _tiles(model: Any, processor: Any, shown: list[tuple[Image.Image, str, str | None]]) -> list[Tile]:
+    answers = {}
+    for keep in KEEPS:
+        with _at(model, keep):
+            answers[f"{keep:.0%}"] = answer(model, processor, [p for p, _, _ in shown], [q for _, q, _ in shown])
+    return [Tile(p, q, e, {k: a[i] for k, a in answers.items()}) for i, (p, q, e) in enumerate(shown)]
+
+
+def run(notes: Console, *, n: int, seed: int, out: Path, images: Path | None) -> dict[str, Any]:
+    """Measure the rows, answer the samples, write the contact sheet; everything as plain data.
+
+    Args:
+        notes: where progress goes (standard error).
+        n: questions per row.
+        seed: which questions.
+        out: folder for ``contact_sheet.png``; made if it is not there.
+        images: folder of the user's own pictures, or None.
+    """
+    own = _own_pictures(images)
+    with notes.status("loading the demo model"):
+        model, processor = load()
+    shown: list[tuple[Image.Image, str, str | None]] = [(s.image, s.question, s.answer) for s in samples(8, seed=seed)]
+    shown += [(picture, question, None) for _, picture in own for question in OWN_QUESTIONS]
+    tiles = _tiles(model, processor, shown)
+    out.mkdir(parents=True, exist_ok=True)
+    contact_sheet(tiles).save(out / "contact_sheet.png")
+    rows = []
+    columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=notes, transient=True) as progress:
+        for keep in KEEPS:
+            task = progress.add_task(_name(keep), total=n)
+            rows.append(
+                _row(
+                    model,
+                    processor,
+                    keep,
+                    n,
+                    seed,
+                    samples(1, seed=seed)[0],
+                    lambda k, t=task: progress.update(t, completed=k),
+                )
+            )
+    return {
+        "rows": rows,
+        "samples": [{"question": t.question, "expected": t.expected, "answers": t.answers} for t in tiles],
+        "contact_sheet": str(out / "contact_sheet.png"),
+        "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads()},
+        "versions": {p: version(p) for p in ("effvlm", "torch", "transformers")},
+    }
+
+
+def print_tables(console: Console, result: dict[str, Any]) -> None:
+    """Samples, then the table, for people."""
+    table = Table(title="held-out samples: answers by share of visual tokens kept", title_justify="left")
+    for column in ("question", "expected", *(f"{keep:.0%}" for keep in KEEPS)):
+        table.add_column(column)
+    for sample in result["samples"]:
+        expected = sample["expected"]
+        marks = [a if expected is None else f"[{'green' if a == expected else 'red'}]{a}[/]" for a in sample["answers"].values()]
+        table.add_row(sample["question"], expected or "–", *marks)
+    console.print(table)
+    first = result["rows"][0]
+    table = Table(title=f"{first['n']} held-out questions per row, {result['machine']['threads']} threads", title_justify="left")
+    for column in (
+        "",
+        "answers right",
+        "visual tokens",
+        "LLM prefill, 1 prompt",
+        "per answer, batch of 40",
+        "peak memory (RSS)",
+    ):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in result["rows"]:
+        faster = f" ({first['prefill_ms'] / row['prefill_ms']:.1f}×)" if row is not first else ""
+        memory = f"{row['peak_memory_mb']:.0f} MB" if row["peak_memory_mb"] else "–"
+        right = f"{row['right']} = {row['accuracy']:.1%}"
+        cells = (
+            f"{row['visual_tokens']:.0f}",
+            f"{row['prefill_ms']:.1f} ms{faster}",
+            f"{row['ms_per_answer']:.1f} ms",
+            memory,
+        )
+        table.add_row(row["name"], right, *cells)
+    console.print(table)
+    console.print(f"[dim]contact sheet: {result['contact_sheet']}[/]")
