@@ -18,6 +18,12 @@ using namespace effvlm;
 
 namespace {
 
+#if defined(EFFVLM_SIMT)  // a test build: host tensors go to the CUDA kernels, compiled for the host (tests/simt)
+constexpr bool kEmulated = true;
+#else
+constexpr bool kEmulated = false;
+#endif
+
 using Raw = py::tuple;                               // (address, shape, strides, dtype code, device)
 using Place = std::tuple<int, std::uintptr_t, int>;  // (CUDA device or -1, stream, CPU threads)
 
@@ -43,7 +49,7 @@ template <class Args, class Cuda>
 void run(const Args& args, const Place& place, void (*cpu)(const Args&), [[maybe_unused]] Cuda cuda) {
   py::gil_scoped_release release;
   const auto [device, stream, threads] = place;
-  if (device < 0 && cpu) return cpu(args);
+  if (device < 0 && !kEmulated) return cpu(args);
 #if EFFVLM_WITH_CUDA
   cuda(args, device, reinterpret_cast<void*>(stream));
 #else
@@ -60,7 +66,7 @@ void run(const Args& args, const Place& place, void (*cpu)(const Args&), [[maybe
 std::int64_t match_workspace(const Raw& x_raw, std::int64_t, bool, const Place& place) {
   const View x = view(x_raw);
 #if EFFVLM_WITH_CUDA
-  if (std::get<0>(place) >= 0) return token_match_workspace_cuda(x.shape[0], x.shape[1], x.shape[2], x.dtype);
+  if (kEmulated || std::get<0>(place) >= 0) return token_match_workspace_cuda(x.shape[0], x.shape[1], x.shape[2], x.dtype);
 #endif
   return token_match_workspace_cpu(x.shape[0], x.shape[1], x.shape[2], x.dtype, x.stride[2] != 1, std::get<2>(place));
 }

@@ -70,7 +70,7 @@ def print_facts(console: Console, found: dict[str, Any]) -> None:
     missing = f" (this CPU has no {', '.join(cpu['not_supported'])})" if cpu["not_supported"] else ""
     table.add_row("CPU kernels", f"{cpu['isa']}{missing}")
     table.add_row("OpenMP", cpu["openmp"])
-    built = f"CUDA {cuda['toolkit']} for {cuda['architectures'].replace(';', ', ')}" if cuda["toolkit"] else "no"
+    built = f"CUDA {cuda['toolkit']} for {cuda['architectures']}" if cuda["toolkit"] else "no"
     table.add_row("CUDA kernels", built)
     table.add_row("CUDA devices", ", ".join(cuda["devices"]) or f"none: {cuda['why_not']}")
     table.add_row("ops", ", ".join(found["ops"]))

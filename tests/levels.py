@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 import subprocess
 import sys
 import sysconfig
@@ -14,13 +15,14 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
+import simt
 import torch
 
 import effvlm
 from effvlm import _core, _library
 
 ROOT = Path(__file__).parents[1]
-LEVELS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx", "amx_emulated", "cuda")
+LEVELS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx", "amx_emulated", "simt", "cuda")
 AMX_FLAGS = (
     "-mavx2 -mfma -mf16c -mbmi2 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx512vbmi -mavx512vbmi2 -mavx512bf16"
 )
@@ -30,6 +32,12 @@ def why_not(level: str) -> str:
     """Why a level cannot run here; empty when it can."""
     if level == "cuda":
         return "" if torch.cuda.is_available() and _core.cuda_version else "no CUDA device, or built without CUDA"
+    if level == "simt":
+        return (
+            ""
+            if platform.machine() in ("x86_64", "AMD64") and sys.platform == "linux"
+            else "the CUDA emulator needs Linux on x86-64"
+        )
     needed = "avx512_bf16" if level == "amx_emulated" else level
     return "" if needed in _core.cpu_isas() else f"this machine has no {needed}"
 
@@ -69,8 +77,9 @@ def at(level: str) -> Iterator[torch.device]:
         return
     before = _core.cpu_isa()
     try:
-        if level == "amx_emulated":
-            with _library.backend("compiled", host_core=amx_emulated()):
+        if level in ("amx_emulated", "simt"):
+            core = amx_emulated() if level == "amx_emulated" else simt.load()
+            with _library.backend("compiled", host_core=core):
                 yield torch.device("cpu")
         else:
             effvlm.set_cpu_isa(level)

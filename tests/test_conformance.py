@@ -37,6 +37,8 @@ def _check(spec: Spec, args: Any, got: Any) -> None:
 @pytest.mark.parametrize(("spec", "case"), CASES)
 def test_values(spec: Spec, case: Case, level: str) -> None:
     """Against the float64 oracle, in each dtype."""
+    if level == "simt" and spec.flops(case) > 3e6:
+        pytest.skip("more work than the CUDA emulator needs to see the same edges")
     for dtype in spec.dtypes:
         args = _inputs(spec, case, dtype)
         with at(level) as device:

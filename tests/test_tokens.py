@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from effvlm.tokens import Stride, ToMe, Tokens
+from effvlm.tokens import Stride, Tokens, ToMe
 from effvlm.tokens.base import kept
 
 METHODS = [ToMe, Stride]

@@ -26,7 +26,15 @@ __device__ __forceinline__ float to_float(bf16 x) {
   memcpy(&f, &bits, sizeof f);
   return f;
 }
+#if defined(EFFVLM_SIMT)
+inline float to_float(f16 x) { return simt::half_to_float(x.bits); }
+inline std::uint16_t f16_bits(float x) { return simt::float_to_half(x); }
+inline std::uint16_t bf16_bits(float x) { return simt::float_to_bfloat16(x); }
+#else
 __device__ __forceinline__ float to_float(f16 x) { return __half2float(__half(__half_raw{x.bits})); }
+__device__ __forceinline__ std::uint16_t f16_bits(float x) { return static_cast<__half_raw>(__float2half_rn(x)).x; }
+__device__ __forceinline__ std::uint16_t bf16_bits(float x) { return static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(x)).x; }
+#endif
 
 template <class T>
 __device__ __forceinline__ T from_float(float x);
@@ -36,11 +44,11 @@ __device__ __forceinline__ float from_float<float>(float x) {
 }
 template <>
 __device__ __forceinline__ f16 from_float<f16>(float x) {
-  return f16{static_cast<__half_raw>(__float2half_rn(x)).x};
+  return f16{f16_bits(x)};
 }
 template <>
 __device__ __forceinline__ bf16 from_float<bf16>(float x) {
-  return bf16{static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(x)).x};
+  return bf16{bf16_bits(x)};
 }
 
 // ---- packs: 16 bytes, one memory transaction per thread; the address must be a multiple of 16 ----
@@ -51,10 +59,16 @@ struct alignas(16) Pack {
 };
 template <class T>
 __device__ __forceinline__ Pack<T> load_pack(const T* p) {
+#if defined(EFFVLM_SIMT)
+  simt::check_aligned(p, 16);
+#endif
   return *reinterpret_cast<const Pack<T>*>(p);
 }
 template <class T>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T>& x) {
+#if defined(EFFVLM_SIMT)
+  simt::check_aligned(p, 16);
+#endif
   *reinterpret_cast<Pack<T>*>(p) = x;
 }
 

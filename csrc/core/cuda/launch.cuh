@@ -8,6 +8,12 @@
 
 namespace effvlm {
 
+#if defined(EFFVLM_SIMT)
+struct DeviceGuard {
+  explicit DeviceGuard(int) {}
+};
+inline int multiprocessors(int) { return 2; }
+#else
 inline void cuda_check(cudaError_t error, const char* what, const char* file, int line) {
   if (error == cudaSuccess) return;
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ") at " +
@@ -35,6 +41,8 @@ inline int multiprocessors(int device) {
   EFFVLM_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
   return count;
 }
+
+#endif
 
 // kernel<<<grid, block, 0, stream>>>(args…), checked. An empty grid is no launch; sizes over CUDA's limits throw.
 template <class... Parameters, class... Args>
