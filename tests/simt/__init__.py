@@ -1,4 +1,4 @@
-"""The CUDA kernels on the host: builds csrc/ against tests/simt/simt.h and runs it in place of effvlm._core. See README.md here."""
+"""The CUDA kernels on the host: builds csrc/ against simt.h and runs it in place of effvlm._core. See README.md here."""
 
 from __future__ import annotations
 
