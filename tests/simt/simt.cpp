@@ -85,7 +85,8 @@ struct Block {
   std::string error;
 };
 
-thread_local Block* block = nullptr;  // the only thread_local here: it lives in that segment too, and shared_fill() leaves it alone
+thread_local Block* block =
+    nullptr;  // the only thread_local here: it lives in that segment too, and shared_fill() leaves it alone
 std::atomic<unsigned> launches{0};
 std::atomic<unsigned> seed{1};
 

@@ -170,6 +170,6 @@ void run_wrong(const std::string& name, bool wrong, std::uintptr_t in, std::uint
   if (!kernel) throw std::invalid_argument("no kernel called " + name);
   if (name == "race_between_blocks") grid = dim3(2);
   if (name == "grid_limit") grid = wrong ? dim3(1, 70000) : dim3(1, 2);
-  launch(name.c_str(), kernel, grid, dim3(kThreads), nullptr, reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), kThreads);
+  launch(name.c_str(), kernel, grid, dim3(kThreads), nullptr, reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out),
+         kThreads);
 }
-
