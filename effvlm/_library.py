@@ -17,7 +17,13 @@ from typing import Any
 
 import torch
 
-from effvlm import _core
+try:
+    from effvlm import _core
+except ImportError as error:
+    raise ImportError(
+        "effvlm: its compiled module could not be imported. Install the package (pip install .), and do not start Python in the "
+        f"source folder, which hides the installed package. ({error})"
+    ) from error
 
 _LIBRARY = torch.library.Library("effvlm", "DEF")
 _DTYPE_CODE = {

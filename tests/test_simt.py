@@ -28,6 +28,8 @@ CAUGHT = {
     "left_unwritten": "output",
     "far_offset": "out-of-bounds global read",
     "grid_limit": "over the limits of CUDA",
+    "copy_not_waited_for": "nobody has written",
+    "copy_over_readers": r"race on shared memory: thread \d+ .* and thread \d+ |nobody has written",
 }
 SEEDS = range(5)
 
@@ -75,3 +77,17 @@ def test_the_right_twin_passes(wrong: tuple[Any, Any], name: str) -> None:
 def test_messages_name_the_kernel_thread_and_block(wrong: tuple[Any, Any]) -> None:
     with pytest.raises(RuntimeError, match=r"out_of_bounds_global: .* \(thread 63 of block 0\)"):
         _run(wrong, "out_of_bounds_global", True, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8], ids=str)
+def test_fragments_of_tensor_cores(wrong: tuple[Any, Any], dtype: torch.dtype) -> None:
+    module, control = wrong
+    K = 32 if dtype == torch.int8 else 16
+    a, b = (torch.randint(-60, 60, (rows, K)).to(dtype) for rows in (16, 8))
+    d = torch.full((16, 8), -1, dtype=torch.int32 if dtype == torch.int8 else torch.float32)
+    control.forget_all()
+    for name, x, output in (("a", a, False), ("b", b, False), ("output", d, True)):
+        control.allow(x.data_ptr(), x.numel() * x.itemsize, name, output)
+    module.product(str(dtype).removeprefix("torch."), a.data_ptr(), b.data_ptr(), d.data_ptr())
+    assert control.forget_all() == ""
+    assert torch.equal(d.double(), a.double() @ b.double().T)  # small whole numbers: exact

@@ -12,6 +12,7 @@ from effvlm.demo.scenes import COLORS, GRID, PLACES, SHAPES, SIZES, Scene, Thing
 
 Answered = tuple[str, str]
 _STEPS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+_WHATS = (*SHAPES, *map(str, range(10)))
 _COUNTS = ("0", "1", "2", "3", "4")
 
 
@@ -19,9 +20,15 @@ def _pick(rng: np.random.Generator, options: list[tuple[int, Thing]]) -> tuple[i
     return options[rng.integers(len(options))] if options else None
 
 
-def _unique(scene: Scene) -> list[tuple[int, Thing]]:
-    names = Counter(thing.name for _, thing in scene.things())
-    return [(i, thing) for i, thing in scene.things() if names[thing.name] == 1]
+def _descriptions(thing: Thing) -> tuple[str, str, str]:
+    """By colour, by what it is, by both."""
+    return f"{thing.color} thing", thing.what, thing.name
+
+
+def _unique(scene: Scene) -> list[tuple[int, str]]:
+    """(cell, description) of every description that fits one thing only."""
+    fits = Counter(words for _, thing in scene.things() for words in _descriptions(thing))
+    return [(i, words) for i, thing in scene.things() for words in _descriptions(thing) if fits[words] == 1]
 
 
 def color(scene: Scene, rng: np.random.Generator) -> Answered | None:
@@ -43,9 +50,9 @@ def digit(scene: Scene, rng: np.random.Generator) -> Answered | None:
 
 
 def size(scene: Scene, rng: np.random.Generator) -> Answered | None:
-    """Is the shape at a place small or large."""
+    """How big the shape at a place is: small or large."""
     picked = _pick(rng, [(i, t) for i, t in scene.things() if t.size])
-    return picked and (f"is the shape at the {PLACES[picked[0]]} small or large ?", str(picked[1].size))
+    return picked and (f"how big is the shape at the {PLACES[picked[0]]} ?", str(picked[1].size))
 
 
 def count(scene: Scene, rng: np.random.Generator) -> Answered | None:
@@ -59,31 +66,42 @@ def count(scene: Scene, rng: np.random.Generator) -> Answered | None:
 
 
 def exists(scene: Scene, rng: np.random.Generator) -> Answered | None:
-    """Whether there is a shape of a colour; yes and no are equally likely; a no has the shape or the colour in the picture."""
-    there = {t.name for _, t in scene.things() if t.shape}
-    seen_colors = {t.color for _, t in scene.things()}
-    seen_shapes = {t.shape for _, t in scene.things()}
-    absent = [f"{c} {s}" for c in COLORS for s in SHAPES if f"{c} {s}" not in there and (c in seen_colors or s in seen_shapes)]
+    """Whether there is such a thing; yes and no are equally likely; a no by colour and shape has one of them in the picture."""
+    there = [thing for _, thing in scene.things()]
+    colors, whats = {t.color for t in there}, {t.what for t in there}
+    by = int(rng.integers(3))
+    present = sorted({_descriptions(t)[by] for t in there})
+    everything = (
+        [f"{c} thing" for c in COLORS],
+        list(_WHATS),
+        [f"{c} {w}" for c in COLORS for w in _WHATS if c in colors or w in whats],
+    )
+    absent = [words for words in everything[by] if words not in present]
+    if not present or not absent:
+        return None
     yes = bool(rng.integers(2))
-    options = sorted(there) if yes else absent
-    return (f"is there a {options[rng.integers(len(options))]} ?", "yes" if yes else "no") if options else None
+    options = present if yes else absent
+    return f"is there a {options[rng.integers(len(options))]} ?", "yes" if yes else "no"
 
 
 def where(scene: Scene, rng: np.random.Generator) -> Answered | None:
-    """Where the only thing of its name is."""
-    picked = _pick(rng, _unique(scene))
-    return picked and (f"where is the {picked[1].name} ?", PLACES[picked[0]])
+    """Where the only such thing is."""
+    options = _unique(scene)
+    if not options:
+        return None
+    place, words = options[rng.integers(len(options))]
+    return f"where is the {words} ?", PLACES[place]
 
 
 def relation(scene: Scene, rng: np.random.Generator) -> Answered | None:
-    """What stands next to the only thing of its name: a name of two words, or nothing."""
+    """What stands next to the only such thing: a name of two words, or nothing."""
     options = []
-    for i, thing in _unique(scene):
+    for i, description in _unique(scene):
         for words, (dy, dx) in _STEPS.items():
             y, x = i // GRID + dy, i % GRID + dx
             if 0 <= y < GRID and 0 <= x < GRID:
                 neighbour = scene.cells[y * GRID + x]
-                options.append((f"what is {words} the {thing.name} ?", neighbour.name if neighbour else "nothing"))
+                options.append((f"what is {words} the {description} ?", neighbour.name if neighbour else "nothing"))
     return options[rng.integers(len(options))] if options else None
 
 
@@ -94,9 +112,7 @@ KINDS: dict[str, Callable[[Scene, np.random.Generator], Answered | None]] = {
 
 def vocabulary() -> list[str]:
     """Every word that questions and answers use, in a fixed order."""
-    asked = (
-        "what color is the thing at shape which digit small or large how many things are there a where left right of above below"
-    )
+    asked = "what color is the thing at shape which digit how big many things are there a where left right of above below"
     words = [
         *asked.split(),
         *COLORS,

@@ -46,9 +46,14 @@ class Thing:
     digit: int | None = None
 
     @property
+    def what(self) -> str:
+        """The shape or the digit, without the colour."""
+        return self.shape or str(self.digit)
+
+    @property
     def name(self) -> str:
         """As a question or an answer calls it: "red circle", "blue 7"."""
-        return f"{self.color} {self.digit if self.shape is None else self.shape}"
+        return f"{self.color} {self.what}"
 
 
 @dataclass(frozen=True)

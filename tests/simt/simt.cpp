@@ -16,6 +16,7 @@
 #include <string>
 #include <thread>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace simt {
@@ -57,15 +58,23 @@ Shard global_cells[kShards];
 
 // ---- fibers ----
 
+struct Copy {  // asynchronous, of 16 bytes; it happens when its thread waits for it, the latest that CUDA allows
+  std::uintptr_t to;
+  unsigned char bytes[16];
+  int group;
+};
 enum class Wait { no, block, warp };
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   bool done = false;
   Wait wait = Wait::no;
-  unsigned mask = 0;       // of the warp operation waited for
-  std::uint64_t slot = 0;  // the value it gives
+  unsigned mask = 0;                // of the warp operation waited for
+  std::uint64_t slot = 0;           // the value it gives
+  const void* published = nullptr;  // what other lanes may read during a warp operation
   int block_epoch = 0, warp_epoch = 0;
+  std::vector<Copy> copies;
+  int copy_group = 0;
 };
 
 struct Block {
@@ -83,6 +92,7 @@ struct Block {
     std::uintptr_t begin = 0, end = 0;
   } shared;  // this OS thread's copy of the module's TLS segment
   std::string error;
+  std::mutex* held = nullptr;  // what fail() must unlock
 };
 
 thread_local Block* block =
@@ -119,6 +129,15 @@ void shared_fill() {
   block->shared_cells.clear();
   block->shared_written.assign(range.end - range.begin, false);
 }
+
+class Hold {  // a lock that survives fail(), which unwinds nothing
+ public:
+  explicit Hold(std::mutex& mutex) {
+    mutex.lock();
+    block->held = &mutex;
+  }
+  ~Hold() { std::exchange(block->held, nullptr)->unlock(); }
+};
 
 std::string where(const Access& a) { return "thread " + std::to_string(a.thread) + " of block " + std::to_string(a.block); }
 
@@ -175,7 +194,7 @@ void shared_access(std::uintptr_t address, int size, bool write, const Access& n
 
 void global_access(std::uintptr_t address, int size, bool write, const Access& now) {
   {
-    std::lock_guard<std::mutex> lock(region_mutex);
+    const Hold lock(region_mutex);
     auto at = regions.upper_bound(address);
     if (at == regions.begin() || address + size > (--at)->second.end)
       fail("out-of-bounds global %s of %d bytes at %p", write ? "write" : "read", size, reinterpret_cast<void*>(address));
@@ -188,7 +207,7 @@ void global_access(std::uintptr_t address, int size, bool write, const Access& n
   }
   each_granule(address, size, now, write, "global", [](std::uintptr_t granule, auto&& check) {
     Shard& shard = global_cells[granule % kShards];
-    std::lock_guard<std::mutex> lock(shard.mutex);
+    const Hold lock(shard.mutex);
     check(shard.cells[granule]);
   });
 }
@@ -321,7 +340,8 @@ void start_block(Block& b, std::uint64_t index, dim3 grid, dim3 size) {
   b.current = -1;
   shared_fill();
   for (Fiber& f : b.fibers) {
-    f.done = false, f.wait = Wait::no, f.block_epoch = f.warp_epoch = 0;
+    f.done = false, f.wait = Wait::no, f.block_epoch = f.warp_epoch = f.copy_group = 0;
+    f.copies.clear();
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
     f.context.uc_stack.ss_size = kStack;
@@ -352,6 +372,87 @@ std::uint64_t exchange(unsigned mask, std::uint64_t value, int from) {
   return result;
 }
 
+// One warp operation in which every lane sees what every other lane brought: calls use(lane → its `mine`).
+template <class T, class Use>
+void together(const T& mine, Use&& use) {
+  const int first = block->current / kWarp * kWarp;
+  block->fibers[block->current].published = &mine;
+  sync_warp(0xffffffffu);
+  use([first](int k) -> const T& { return *static_cast<const T*>(block->fibers[first + k].published); });
+  sync_warp(0xffffffffu);  // nobody's `mine` ends before all have read
+}
+
+void load_matrices(std::uint32_t* out, const void* row) {
+  struct Row {
+    std::uint32_t pair[4];
+  } mine;
+  check_aligned(row, 16);
+  access(row, 16, false);
+  std::memcpy(&mine, row, 16);
+  together(mine, [&](auto&& of) {
+    for (int m = 0; m < 4; ++m) out[m] = of(8 * m + lane() / 4).pair[lane() % 4];
+  });
+}
+
+struct Fragments {
+  std::uint32_t a[4], b[2];
+};
+// Element (row, k) of A and (k, column) of B, for `each` values in a register: of lane 4·row + …, as mma.cuh says.
+template <class Value, class T>
+void multiply(T* d, const Fragments& mine, int each, Value&& value) {
+  together(mine, [&](auto&& of) {
+    const auto part = [&](const std::uint32_t word, int k) { return value(word, k % each); };
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
+      for (int k = 0; k < 8 * each; ++k) {
+        const int half = k / (4 * each), p = k % (4 * each) / each;
+        d[i] += part(of(row % 8 * 4 + p).a[row / 8 + 2 * half], k) * part(of(column * 4 + p).b[half], k);
+      }
+    }
+  });
+}
+void multiply_16x8x16(float* d, const std::uint32_t* a, std::uint32_t b0, std::uint32_t b1, bool bfloat) {
+  multiply(d, Fragments{{a[0], a[1], a[2], a[3]}, {b0, b1}}, 2, [bfloat](std::uint32_t word, int k) {
+    const std::uint16_t bits = static_cast<std::uint16_t>(word >> 16 * k);
+    if (!bfloat) return half_to_float(bits);
+    const std::uint32_t wide = std::uint32_t{bits} << 16;
+    float x;
+    std::memcpy(&x, &wide, 4);
+    return x;
+  });
+}
+void multiply_16x8x32(int* d, const std::uint32_t* a, std::uint32_t b0, std::uint32_t b1) {
+  multiply(d, Fragments{{a[0], a[1], a[2], a[3]}, {b0, b1}}, 4,
+           [](std::uint32_t word, int k) { return static_cast<int>(static_cast<std::int8_t>(word >> 8 * k)); });
+}
+
+void copy_async(void* shared, const void* global, int bytes) {
+  const auto to = reinterpret_cast<std::uintptr_t>(shared);
+  check_aligned(shared, 16);
+  check_aligned(global, 16);
+  if (to < block->shared.begin || to + 16 > block->shared.end)
+    fail("asynchronous copy to %p, which is not shared memory", shared);
+  if (bytes < 0 || bytes > 16) fail("asynchronous copy of %d bytes, not 0 … 16", bytes);
+  access(shared, 16, true);  // from now on nobody may count on what was there
+  if (bytes) access(global, bytes, false);
+  Fiber& fiber = block->fibers[block->current];
+  Copy copy{to, {}, fiber.copy_group};
+  std::memcpy(copy.bytes, global, bytes);
+  fiber.copies.push_back(copy);
+  std::memset(shared, kPoison, 16);
+  for (int k = 0; k < 16; ++k) block->shared_written[to - block->shared.begin + k] = false;
+}
+void copy_commit() { ++block->fibers[block->current].copy_group; }
+void copy_wait(int pending) {
+  Fiber& fiber = block->fibers[block->current];
+  auto later = fiber.copies.begin();
+  for (; later != fiber.copies.end() && later->group < fiber.copy_group - pending; ++later) {
+    std::memcpy(reinterpret_cast<void*>(later->to), later->bytes, 16);
+    access(reinterpret_cast<void*>(later->to), 16, true);
+  }
+  fiber.copies.erase(fiber.copies.begin(), later);
+}
+
 void atomic_access(const void* address, int size) {
   access(address, size, false, true);
   access(address, size, true, true);
@@ -369,6 +470,7 @@ void fail(const char* format, ...) {
   std::vsnprintf(text, sizeof text, format, args);
   va_end(args);
   block->error = text;
+  if (block->held) std::exchange(block->held, nullptr)->unlock();
   setcontext(&block->scheduler);
   std::abort();
 }

@@ -61,6 +61,14 @@ T shuffle(unsigned mask, T value, int from) {
   return value;
 }
 
+// Tensor cores and asynchronous copies, as csrc/core/cuda/mma.cuh describes them.
+void load_matrices(std::uint32_t* out, const void* row);
+void multiply_16x8x16(float* d, const std::uint32_t* a, std::uint32_t b0, std::uint32_t b1, bool bfloat);
+void multiply_16x8x32(int* d, const std::uint32_t* a, std::uint32_t b0, std::uint32_t b1);
+void copy_async(void* shared, const void* global, int bytes);
+void copy_commit();
+void copy_wait(int pending);
+
 int lane();
 float half_to_float(std::uint16_t bits);
 std::uint16_t float_to_half(float x);

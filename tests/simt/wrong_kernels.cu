@@ -3,6 +3,7 @@
 #include <string>
 
 #include "core/cuda/launch.cuh"
+#include "core/cuda/mma.cuh"
 
 using namespace effvlm;
 
@@ -140,9 +141,75 @@ __global__ void grid_limit(const float* in, float* out, int n) {
   if (blockIdx.y == 0) out[threadIdx.x] = in[threadIdx.x];
 }
 
+// One copy per thread of 16 bytes, read by the neighbouring thread. Wrong: a barrier, but nobody waited for the copies.
+template <bool Wrong>
+__global__ void copy_not_waited_for(const float* in, float* out, int n) {
+  __shared__ Pack<float> tile[kThreads / 4];
+  if (threadIdx.x < n / 4) copy_async(&tile[threadIdx.x], in + 4 * threadIdx.x);
+  copy_commit();
+  if (!Wrong) copy_wait<0>();
+  __syncthreads();
+  out[threadIdx.x] = tile[threadIdx.x / 4].element[threadIdx.x % 4];
+}
+
+// Two groups under way, the second one overwrites what the first one brought. Wrong: while others may still be reading that.
+template <bool Wrong>
+__global__ void copy_over_readers(const float* in, float* out, int n) {
+  __shared__ Pack<float> tile[kThreads / 4];
+  float sum = 0;
+  for (int round = 0; round < 2; ++round) {
+    if (threadIdx.x < n / 4) copy_async(&tile[threadIdx.x], in + 4 * threadIdx.x, 16 - 8 * round);
+    copy_commit();
+    copy_wait<0>();
+    __syncthreads();
+    sum += tile[threadIdx.x / 4].element[threadIdx.x % 4];
+    if (!Wrong) __syncthreads();
+  }
+  out[threadIdx.x] = sum;
+}
+
 using Kernel = void (*)(const float*, float*, int);
 
+// ---- fragments: whole products of one warp, (16, K) · (8, K)ᵀ, operands in shared memory as kernels have them ----
+
+template <class T>
+__global__ void product_16bit(const T* a, const T* b, float* d) {
+  __shared__ Pack<T> x[16][2], y[8][2];  // 16 channels in a row
+  const int lane = threadIdx.x;
+  x[lane / 2][lane % 2] = load_pack(a + 8 * lane);
+  if (lane < 16) y[lane / 2][lane % 2] = load_pack(b + 8 * lane);
+  __syncwarp();
+  u32 left[4], right[4];
+  load_matrices(left, &x[lane % 16][lane / 16]);
+  load_matrices(right, &y[lane % 8][lane / 8 % 2]);
+  float sum[4] = {};
+  multiply_16x8x16<T>(sum, left, right[0], right[1]);
+  for (int i = 0; i < 4; ++i) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sum[i];
+}
+
+__global__ void product_int8(const std::uint32_t* a, const std::uint32_t* b, int* d) {
+  const int lane = threadIdx.x, g = lane / 4, p = lane % 4;  // 8 words of 4 channels in a row
+  const u32 left[4] = {a[g * 8 + p], a[(g + 8) * 8 + p], a[g * 8 + p + 4], a[(g + 8) * 8 + p + 4]};
+  int sum[4] = {};
+  multiply_16x8x32(sum, left, b[g * 8 + p], b[g * 8 + p + 4]);
+  for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + p * 2 + i % 2] = sum[i];
+}
+
 }  // namespace
+
+void run_product(const std::string& type, std::uintptr_t a, std::uintptr_t b, std::uintptr_t d) {
+  const dim3 one(1), warp(kWarp);
+  if (type == "int8") {
+    launch("product_int8", product_int8, one, warp, nullptr, reinterpret_cast<const std::uint32_t*>(a),
+           reinterpret_cast<const std::uint32_t*>(b), reinterpret_cast<int*>(d));
+  } else if (type == "float16") {
+    launch("product_16bit", product_16bit<f16>, one, warp, nullptr, reinterpret_cast<const f16*>(a),
+           reinterpret_cast<const f16*>(b), reinterpret_cast<float*>(d));
+  } else {
+    launch("product_16bit", product_16bit<bf16>, one, warp, nullptr, reinterpret_cast<const bf16*>(a),
+           reinterpret_cast<const bf16*>(b), reinterpret_cast<float*>(d));
+  }
+}
 
 void run_wrong(const std::string& name, bool wrong, std::uintptr_t in, std::uintptr_t out) {
   dim3 grid(1);
@@ -166,6 +233,8 @@ void run_wrong(const std::string& name, bool wrong, std::uintptr_t in, std::uint
   EFFVLM_TWINS(left_unwritten)
   EFFVLM_TWINS(far_offset)
   EFFVLM_TWINS(grid_limit)
+  EFFVLM_TWINS(copy_not_waited_for)
+  EFFVLM_TWINS(copy_over_readers)
 #undef EFFVLM_TWINS
   if (!kernel) throw std::invalid_argument("no kernel called " + name);
   if (name == "race_between_blocks") grid = dim3(2);
