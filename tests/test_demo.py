@@ -79,9 +79,9 @@ def truth(scene: Scene, question: str) -> str:
 def test_answers_are_true(kind: str) -> None:
     rng, seen = np.random.default_rng(3), Counter[str]()
     for scene in scenes(200):
-        if answered := KINDS[kind](scene, rng):
-            assert answered[1] == truth(scene, answered[0])
-            seen[answered[1]] += 1
+        if asked := KINDS[kind](scene, rng):
+            assert asked.answer == truth(scene, asked.text)
+            seen[asked.answer] += 1
     assert sum(seen.values()) > 120
     assert max(seen.values()) < 0.65 * sum(seen.values())  # no answer so common that guessing pays
 
@@ -99,8 +99,8 @@ def test_the_vocabulary_has_every_word() -> None:
     rng, words = np.random.default_rng(1), set(vocabulary())
     for scene in scenes(150):
         for kind in KINDS.values():
-            if answered := kind(scene, rng):
-                assert set(" ".join(answered).split()) <= words
+            if asked := kind(scene, rng):
+                assert set(f"{asked.text} {asked.answer}".split()) <= words
 
 
 def test_pictures_show_what_the_scene_says() -> None:

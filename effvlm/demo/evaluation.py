@@ -44,9 +44,9 @@ def draw_sample(seed: int, kind: str, scans: Scans) -> Sample:
     rng = np.random.default_rng([seed, list(KINDS).index(kind)])
     while True:
         scene = draw_scene(rng)
-        answered = KINDS[kind](scene, rng)
-        if answered:
-            return Sample(render(scene, scans), *answered, kind)
+        asked = KINDS[kind](scene, rng)
+        if asked:
+            return Sample(render(scene, scans), asked.text, asked.answer, kind)
 
 
 def samples(n: int, *, seed: int = 0) -> list[Sample]:
