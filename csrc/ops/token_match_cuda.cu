@@ -211,20 +211,20 @@ __device__ __forceinline__ std::uint32_t sort_key(float x) {  // unsigned order 
 }
 
 // The r-th largest key of `score`, and how many keys equal to it are among the r largest: radix select, a byte at a time.
-__device__ __forceinline__ std::uint32_t kth_key(const float* score, i64 S, i64 r, int* count, i64& equal) {
+__device__ __forceinline__ std::uint32_t kth_key(const float* score, i32 S, i32 r, i32* count, i32& equal) {
   __shared__ i32 chosen[2];
   std::uint32_t prefix = 0;
   for (int shift = 24; shift >= 0; shift -= 8) {
     if (threadIdx.x < 256) count[threadIdx.x] = 0;
     __syncthreads();  // counters are zero
-    for (i64 i = threadIdx.x; i < S; i += blockDim.x) {
+    for (i32 i = threadIdx.x; i < S; i += blockDim.x) {
       const std::uint32_t key = sort_key(score[i]);
       if (shift == 24 || (key ^ prefix) >> (shift + 8) == 0) add_shared(&count[key >> shift & 255], 1);
     }
     __syncthreads();  // counters are complete
     if (threadIdx.x == 0) {
       int digit = 255;
-      i32 left = static_cast<i32>(r);
+      i32 left = r;
       for (; left > count[digit]; --digit) left -= count[digit];
       chosen[0] = digit, chosen[1] = left;
     }
@@ -241,38 +241,38 @@ __device__ __forceinline__ std::uint32_t kth_key(const float* score, i64 S, i64 
 // places, so that prefix sums over threads are in order of places.
 __global__ void __launch_bounds__(kSelectThreads) token_match_select_kernel(TokenMatchArgs a, int splits) {
   __shared__ i32 count[256], scratch[kWarp];
-  const i64 S = (a.N + 1) / 2;
+  const i32 S = static_cast<i32>((a.N + 1) / 2), r = static_cast<i32>(a.r);  // positions are int32: the host has checked N
   for (i64 b = blockIdx.x; b < a.B; b += gridDim.x) {
     float* score = a.score + b * S;
     i32 *partner = a.partner + b * S, *group = a.group + b * a.N;
-    for (i64 i = threadIdx.x; i < S; i += blockDim.x) {
+    for (i32 i = threadIdx.x; i < S; i += blockDim.x) {
       Best best{0, -1};
       if (a.N > 1)
         for (int split = 0; split < splits; ++split) best = better(best, work_of(a).best[(split * a.B + b) * S + i]);
       score[i] = best.score, partner[i] = best.destination < 0 ? -1 : 2 * best.destination + 1;
     }
     __syncthreads();  // scores of the whole entry are written (and visible to its block)
-    i64 equal = 0;
-    const std::uint32_t least = a.r ? kth_key(score, S, a.r, count, equal) : 0;
-    const i64 per_thread = (S + blockDim.x - 1) / blockDim.x, first = threadIdx.x * per_thread;
-    const i64 last = first + per_thread < S ? first + per_thread : S;
+    i32 equal = 0;
+    const std::uint32_t least = r ? kth_key(score, S, r, count, equal) : 0;
+    const i32 per_thread = (S + kSelectThreads - 1) / kSelectThreads, first = min(S, static_cast<i32>(threadIdx.x) * per_thread);
+    const i32 last = min(S, first + per_thread);
     int ties = 0, total;
-    for (i64 i = first; i < last; ++i) ties += a.r && sort_key(score[i]) == least;
-    i64 tie = block_exclusive_sum(ties, scratch, total);
+    for (i32 i = first; i < last; ++i) ties += r && sort_key(score[i]) == least;
+    i32 tie = block_exclusive_sum(ties, scratch, total);
     int anchors = 0;
-    for (i64 i = first; i < last; ++i) {
+    for (i32 i = first; i < last; ++i) {
       const std::uint32_t key = sort_key(score[i]);
-      const bool merged = a.r && (key > least || (key == least && tie++ < equal));
+      const bool merged = r && (key > least || (key == least && tie++ < equal));
       group[2 * i] = merged ? -1 : 0;
       anchors += !merged + (2 * i + 1 < a.N);
     }
     int next = block_exclusive_sum(anchors, scratch, total);
-    for (i64 i = first; i < last; ++i) {
+    for (i32 i = first; i < last; ++i) {
       if (group[2 * i] == 0) group[2 * i] = next++;
       if (2 * i + 1 < a.N) group[2 * i + 1] = next++;
     }
     __syncthreads();  // destinations are numbered
-    for (i64 i = first; i < last; ++i)
+    for (i32 i = first; i < last; ++i)
       if (group[2 * i] < 0) group[2 * i] = group[partner[i]];
   }
 }

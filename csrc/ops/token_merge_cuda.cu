@@ -49,8 +49,10 @@ __device__ __forceinline__ float weight_of(const TokenMergeArgs& a, i64 b, i64 n
 // Block ↔ one output row (b, m) at a time; thread ↔ every blockDim-th pack of P channels. P = 1 serves any stride and alignment.
 template <class T, int P>
 __global__ void __launch_bounds__(kThreads) token_merge_rows_kernel(TokenMergeArgs a) {
-  for (i64 row = blockIdx.x; row < a.B * a.M; row += gridDim.x) {
-    const i64 b = row / a.M, m = row % a.M;
+  const unsigned M = static_cast<unsigned>(a.M);  // fits, since groups are int32; 64-bit divisions would spill
+  unsigned m = blockIdx.x % M;
+  for (i64 b = blockIdx.x / M; b < a.B; m += gridDim.x % M, b += gridDim.x / M + (m >= M), m -= m >= M ? M : 0) {
+    const i64 row = b * M + m;
     const i32 *member = orders(a, b) + starts(a, b)[m], *end = orders(a, b) + starts(a, b)[m + 1];
     const T* x = static_cast<const T*>(a.x) + b * a.x_stride_b;
     T* out = static_cast<T*>(a.out) + row * a.C;

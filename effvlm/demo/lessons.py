@@ -74,7 +74,7 @@ def _targets(scenes: list[Scene], tokenizer: Any, vocabulary: int) -> Tensor:
 
 
 def _questions(scene: Scene, rng: np.random.Generator, turns: int) -> list[tuple[str, Question]]:
-    kinds = rng.permutation(list(KINDS)).tolist()
+    kinds = rng.permutation([*KINDS, "count"]).tolist()  # the hardest one twice
     asked = [(kind, KINDS[kind](scene, rng)) for kind in (kinds * turns)[:turns]]
     return [(kind, question) for kind, question in asked if question]
 

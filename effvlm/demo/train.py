@@ -30,9 +30,10 @@ from effvlm.demo.questions import KINDS
 from effvlm.demo.scenes import COLORS, SHAPES, SIZES, Scene, draw_scene
 
 TOWER_STEPS, TOWER_BATCH, TOWER_RATE = 2400, 32, 2e-3
-CELL_STEPS, TOKEN_STEPS, BATCH, RATE, TURNS = 1000, 1000, 16, 2e-3, 8
+CELL_STEPS, TOKEN_STEPS, BATCH, RATE, TURNS = 1000, 1000, 16, 2e-3, 9
 SPARSE_STEPS = 1000  # until then, some scenes are emptier than those that are asked about in the end
 NAME_WEIGHT, LOOK_WEIGHT, LOOKING_HEADS = 0.5, 1.0, 2
+COUNT_SHARE = 0.2  # of the attention, for each of at most four cells
 LOGGED_EVERY, SAVED_EVERY = 25, 100
 
 
@@ -93,13 +94,23 @@ class Looking:
             layer.register_forward_hook(lambda module, arguments, out: self.maps.append(out[1]))
 
     def loss(self, lesson: Lesson, cell: Tensor) -> Tensor:
-        """−log of the attention that the looking heads pay to the right cells, ``cell`` (n,) being each visual token's."""
-        seen = lesson.anchor.any(-1)
-        entry, position = lesson.asked[seen].T
-        total = torch.zeros(())
+        """Cross-entropy between where the looking heads look and where they should; ``cell`` (n,) is each visual token's.
+
+        To count, each cell that counts should get the same share of attention and the rest stay where it is, so that the sum
+        tells the number; for any other answer, all of it should go to the cells that matter, however it is divided.
+        """
+        entry, position = lesson.asked.T
+        counts = torch.tensor([kind == "count" for kind in lesson.kinds])
+        onehot, total = F.one_hot(cell, CELLS).float(), torch.zeros(())
         for attention, cells in zip(self.maps, (lesson.anchor, lesson.evidence), strict=True):
-            paid = attention[entry, :LOOKING_HEADS, position, : len(cell)]
-            total = total - ((paid * cells[seen][:, None, cell]).sum(-1) + 1e-6).log().mean()
+            heads = attention[entry, :LOOKING_HEADS, position]  # (K, heads, L)
+            paid = heads[..., : len(cell)] @ onehot + 1e-6  # (K, heads, 9)
+            own = heads[torch.arange(len(entry)), :, position] + 1e-6  # (K, heads)
+            pointed = -((paid * cells[:, None]).sum(-1) + 1e-6).log()
+            number = cells.sum(-1, keepdim=True)
+            counted = -(COUNT_SHARE * (paid.log() * cells[:, None]).sum(-1) + (1 - COUNT_SHARE * number) * own.log())
+            wanted = counts | cells.any(-1)
+            total = total + torch.where(counts[:, None], counted, pointed)[wanted].mean()
         self.maps.clear()
         return total
 

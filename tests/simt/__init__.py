@@ -59,7 +59,7 @@ def build(kernels: list[Path], bindings: list[Path], name: str) -> ModuleType:
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         objects = _objects(kernels, folder, [*flags, "-fsanitize=thread"])
-        objects += _objects([HERE / "simt.cpp", HERE / "simt_module.cpp", *bindings], folder, flags)
+        objects += _objects([*sorted(HERE.glob("simt*.cpp")), *bindings], folder, flags)
         _compile(["c++", "-shared", "-pthread", *map(str, objects), "-o", str(target) + ".new", "-ldl"])
         os.replace(str(target) + ".new", target)
     return _load(name, target)

@@ -81,6 +81,8 @@ std::uint16_t float_to_bfloat16(float x);
 #define blockDim (::simt::here().block_dim)
 #define gridDim (::simt::here().grid_dim)
 
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 inline void __syncthreads() { simt::sync_block(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { simt::sync_warp(mask); }
 template <class T>
