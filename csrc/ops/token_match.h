@@ -7,8 +7,8 @@
 //            group[b,n] numbers the N−r groups 0,1,… in the order of their anchors (destinations and unmerged sources)
 // Shapes     x (B,N,C) → score (B,⌈N/2⌉) f32 · partner (B,⌈N/2⌉) i32 · group (B,N) i32;  0 ≤ r ≤ ⌊N/2⌋
 // Layout     any strides for x; outputs contiguous
-// Types      x f32 f16 bf16; products and sums in f32 (16-bit types by bf16 dot instructions or tensor cores, where there are
-// any) Edges      B or N = 0 → nothing; N = 1 or C = 0 → score 0 for want of a destination or a channel, partner −1 or 1;
+// Types      x f32 f16 bf16; products and sums in f32 (16-bit types by bf16 dot instructions, tensor cores, if any)
+// Edges      B or N = 0 → nothing; N = 1 or C = 0 → score 0 for want of a destination or a channel, partner −1 or 1;
 //            NaN or Inf in x: the CPU raises; CUDA treats every similarity that is NaN as −inf (EFFVLM_DEBUG=1 raises)
 // Order      fixed by N and C alone: same result for any thread count; levels and devices agree within `reduction`,
 //            and wherever two destinations are further apart than that, in the index as well
