@@ -31,12 +31,12 @@ class Sample:
     kind: str
 
 
-def load() -> tuple[Any, Any]:
-    """The demo VLM and its processor, from the package itself, in float32 on the CPU, ready for ``generate()``."""
+def load(folder: Path = MODEL_DIR) -> tuple[Any, Any]:
+    """The demo VLM and its processor, in float32 on the CPU, ready for ``generate()``; from the package itself by default."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(MODEL_DIR, dtype=torch.float32, local_files_only=True)
-    return model.eval(), AutoProcessor.from_pretrained(MODEL_DIR, local_files_only=True)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True)
 
 
 def draw_sample(seed: int, kind: str, scans: Scans) -> Sample:

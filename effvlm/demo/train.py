@@ -30,10 +30,10 @@ from effvlm.demo.questions import KINDS
 from effvlm.demo.scenes import COLORS, SHAPES, SIZES, Scene, draw_scene
 
 TOWER_STEPS, TOWER_BATCH, TOWER_RATE = 2400, 32, 2e-3
-CELL_STEPS, TOKEN_STEPS, BATCH, RATE, TURNS = 1000, 1000, 16, 2e-3, 9
+CELL_STEPS, TOKEN_STEPS, BATCH, RATE, TURNS = 1000, 1400, 16, 2e-3, 9
 SPARSE_STEPS = 1000  # until then, some scenes are emptier than those that are asked about in the end
 NAME_WEIGHT, LOOK_WEIGHT, LOOKING_HEADS = 0.5, 1.0, 2
-COUNT_SHARE = 0.2  # of the attention, for each of at most four cells
+OWN_SHARE = 2.0  # when counting: the attention that stays at its own position, where each cell that counts gets 1
 LOGGED_EVERY, SAVED_EVERY = 25, 100
 
 
@@ -96,8 +96,8 @@ class Looking:
     def loss(self, lesson: Lesson, cell: Tensor) -> Tensor:
         """Cross-entropy between where the looking heads look and where they should; ``cell`` (n,) is each visual token's.
 
-        To count, each cell that counts should get the same share of attention and the rest stay where it is, so that the sum
-        tells the number; for any other answer, all of it should go to the cells that matter, however it is divided.
+        To count, each cell that counts should get a fixed fraction of what stays at home, as constant scores under a softmax
+        give it, so that the sum tells the number; for any other answer, all of it should go to the cells that matter.
         """
         entry, position = lesson.asked.T
         counts = torch.tensor([kind == "count" for kind in lesson.kinds])
@@ -108,7 +108,7 @@ class Looking:
             own = heads[torch.arange(len(entry)), :, position] + 1e-6  # (K, heads)
             pointed = -((paid * cells[:, None]).sum(-1) + 1e-6).log()
             number = cells.sum(-1, keepdim=True)
-            counted = -(COUNT_SHARE * (paid.log() * cells[:, None]).sum(-1) + (1 - COUNT_SHARE * number) * own.log())
+            counted = -((paid.log() * cells[:, None]).sum(-1) + OWN_SHARE * own.log()) / (number + OWN_SHARE)
             wanted = counts | cells.any(-1)
             total = total + torch.where(counts[:, None], counted, pointed)[wanted].mean()
         self.maps.clear()

@@ -163,6 +163,8 @@ void access(const void* pointer, int size, bool write, bool atomic) {
   Fiber& fiber = block->fibers[block->current];
   const auto address = reinterpret_cast<std::uintptr_t>(pointer);
   const auto stack = reinterpret_cast<std::uintptr_t>(fiber.stack.get());
+  const auto frame = reinterpret_cast<std::uintptr_t>(__builtin_frame_address(0));
+  if (frame < stack || frame >= stack + kStack) return;  // the scheduler, in a library function that was instrumented as well
   if (address >= stack && address < stack + kStack) return;
   if (!write && constant_data(address)) return;
   const auto arguments = reinterpret_cast<std::uintptr_t>(block->body->arguments);
