@@ -73,7 +73,7 @@ def write(folder: Path, log: Path, notes: str) -> str:
     lines = [
         "# The demo VLM",
         "",
-        f"A stock transformers LLaVA of {parameters / 1e6:.2f} million parameters: SigLIP tower (4 layers × 128, 96 px, 144 visual tokens)",
+        f"A stock transformers LLaVA of {parameters / 1e6:.2f} million parameters: a SigLIP tower (4 × 128, 96 px, 144 tokens)",
         f"and a GraniteMoeHybrid language model ({text.num_hidden_layers} layers: Mamba-2 and attention in turns, "
         f"{text.num_local_experts} experts of which {text.num_experts_per_tok} at a time). It answers eight kinds of",
         "question about a 3×3 grid of coloured shapes and real handwritten digits, and is this project's measure of quality.",
@@ -105,9 +105,9 @@ def write(folder: Path, log: Path, notes: str) -> str:
         *_shares(usage, text.num_local_experts),
         "",
         "## Data",
-        "Scenes are drawn by `effvlm/demo/scenes.py`. The digits are from *Optical Recognition of Handwritten Digits* (E. Alpaydin,",
-        "C. Kaynak; UCI Machine Learning Repository, CC BY 4.0), as bundled with scikit-learn: 1,437 scans to train on, 360 held out",
-        "and shipped here.",
+        "Scenes are drawn by `effvlm/demo/scenes.py`. The digits are from *Optical Recognition of Handwritten Digits*",
+        "(E. Alpaydin, C. Kaynak; UCI Machine Learning Repository, CC BY 4.0), as bundled with scikit-learn: 1,437 scans to",
+        "train on, 360 held out and shipped here.",
         "",
         "## Not for",
         "Anything but measuring: it knows 58 words, one layout and one drawing style.",

@@ -73,22 +73,23 @@ def _targets(scenes: list[Scene], tokenizer: Any, vocabulary: int) -> Tensor:
     return F.normalize(target, p=1, dim=-1)
 
 
-def _questions(scene: Scene, rng: np.random.Generator, turns: int) -> list[tuple[str, Question]]:
-    kinds = rng.permutation([*KINDS, "count"]).tolist()  # the hardest one twice
-    asked = [(kind, KINDS[kind](scene, rng)) for kind in (kinds * turns)[:turns]]
+def _questions(scene: Scene, rng: np.random.Generator, counts: int) -> list[tuple[str, Question]]:
+    """One of every kind, in random order, but ``counts`` of counting."""
+    kinds = rng.permutation([*KINDS, *["count"] * (counts - 1)]).tolist()
+    asked = [(kind, KINDS[kind](scene, rng)) for kind in kinds]
     return [(kind, question) for kind, question in asked if question]
 
 
 def make(
-    scenes: list[Scene], rng: np.random.Generator, tokenizer: Any, *, tokens: int, turns: int, image: int, vocabulary: int
+    scenes: list[Scene], rng: np.random.Generator, tokenizer: Any, *, tokens: int, counts: int, image: int, vocabulary: int
 ) -> Lesson:
-    """``turns`` questions of random kinds about each scene, after ``tokens`` placeholders ``image``."""
+    """Questions about each scene, after ``tokens`` placeholders ``image``."""
     rows: list[tuple[list[int], list[int]]] = []  # ids, labels
     asked: list[tuple[int, int]] = []
     answered: list[tuple[str, Question]] = []
     for entry, scene in enumerate(scenes):
         row, labels = [image] * tokens, [-100] * tokens
-        for kind, question in _questions(scene, rng, turns):
+        for kind, question in _questions(scene, rng, counts):
             text = tokenizer(f"{question.text} {ANSWER}").input_ids
             answer = tokenizer(f"{question.answer} {END}").input_ids
             start = len(row) + len(text) - 1

@@ -30,9 +30,10 @@ from effvlm.demo.questions import KINDS
 from effvlm.demo.scenes import COLORS, SHAPES, SIZES, Scene, draw_scene
 
 TOWER_STEPS, TOWER_BATCH, TOWER_RATE = 2400, 32, 2e-3
-CELL_STEPS, TOKEN_STEPS, BATCH, RATE, TURNS = 1000, 1400, 16, 2e-3, 9
+CELL_STEPS, TOKEN_STEPS, BATCH, RATE = 1000, 1400, 16, 2e-3
 SPARSE_STEPS = 1000  # until then, some scenes are emptier than those that are asked about in the end
 NAME_WEIGHT, LOOK_WEIGHT, LOOKING_HEADS = 0.5, 1.0, 2
+COUNTING_STEPS = 1500  # until then two questions per picture are to count, the hardest kind by far; from then on, five
 OWN_SHARE = 2.0  # when counting: the attention that stays at its own position, where each cell that counts gets 1
 LOGGED_EVERY, SAVED_EVERY = 25, 100
 
@@ -195,7 +196,15 @@ class Run:
         tokens = CELLS if step < CELL_STEPS else VISUAL_TOKENS
         scenes = [_scene(rng, step) for _ in range(BATCH)]
         image, vocabulary = model.config.image_token_id, model.config.text_config.vocab_size
-        lesson = make(scenes, rng, self.processor.tokenizer, tokens=tokens, turns=TURNS, image=image, vocabulary=vocabulary)
+        lesson = make(
+            scenes,
+            rng,
+            self.processor.tokenizer,
+            tokens=tokens,
+            counts=2 if step < COUNTING_STEPS else 5,
+            image=image,
+            vocabulary=vocabulary,
+        )
         with torch.no_grad():
             seen = model.model.vision_tower(pixels(scenes), output_hidden_states=True).hidden_states[-1]
         cell = cell_of_token()
