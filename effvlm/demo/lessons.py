@@ -74,10 +74,10 @@ def _targets(scenes: list[Scene], tokenizer: Any, vocabulary: int) -> Tensor:
 
 
 def _questions(scene: Scene, rng: np.random.Generator, counts: int) -> list[tuple[str, Question]]:
-    """One of every kind, in random order, but ``counts`` of counting."""
+    """One of every kind, in random order, but ``counts`` of counting; none twice, since the second could be copied."""
     kinds = rng.permutation([*KINDS, *["count"] * (counts - 1)]).tolist()
-    asked = [(kind, KINDS[kind](scene, rng)) for kind in kinds]
-    return [(kind, question) for kind, question in asked if question]
+    asked = {question: kind for kind in kinds if (question := KINDS[kind](scene, rng))}
+    return [(kind, question) for question, kind in asked.items()]
 
 
 def make(
