@@ -67,20 +67,18 @@ def answer(notes: Console, *, image: Path, prompt: str, model: str | None, keep:
     method, picture = ToMe(keep=keep), open_image(image)
     with notes.status("loading the model"):
         vlm, processor = load_model(model)
-    inputs = _inputs(processor, picture, prompt).to(vlm.device)
-    inputs["pixel_values"] = inputs["pixel_values"].to(vlm.dtype)
-    reducer = reduce(vlm, method)
-    with notes.status("looking"), torch.no_grad(), reducer if keep < 1 else nullcontext():
+    reducer = reduce(vlm, method) if keep < 1 else None  # whole, any model will do
+    inputs = _inputs(processor, picture, prompt).to(vlm.device, vlm.dtype)  # the dtype for what is floating-point
+    with notes.status("looking"), torch.no_grad(), reducer or nullcontext():
         start = time.perf_counter()
         out = vlm.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         seconds = time.perf_counter() - start
     text = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
-    all_tokens = int((inputs["input_ids"] == reducer.family.placeholder(vlm)).sum())
-    tokens_out = reducer.tokens_out if keep < 1 else all_tokens
+    tokens = int((inputs["input_ids"] == getattr(vlm.config, "image_token_id", -1)).sum())
     return {
         "answer": text,
-        "visual_tokens_in": all_tokens,
-        "visual_tokens_out": tokens_out,
+        "visual_tokens_in": tokens,
+        "visual_tokens_out": reducer.tokens_out if reducer else tokens,
         "seconds": seconds,
         "keep": keep,
     }

@@ -30,6 +30,15 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
+def _quiet() -> None:
+    """For the demo model only: no bars for a load of milliseconds, no advice to install kernels for a model of this size."""
+    from transformers.utils import logging
+
+    if not _options["debug"]:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
@@ -50,6 +59,7 @@ def demo(
     """Ask the built-in demo VLM held-out questions, with all and with fewer visual tokens."""
     from effvlm.demo import show
 
+    _quiet()
     result = show.run(notes, n=n, seed=seed, out=out, images=images)
     if as_json:
         print(json.dumps(result))
@@ -71,6 +81,8 @@ def run(
     """Answer one question about a picture of yours."""
     from effvlm import ask
 
+    if model is None:
+        _quiet()
     result = ask.answer(notes, image=image, prompt=prompt, model=model, keep=keep, max_new_tokens=max_new_tokens)
     if as_json:
         print(json.dumps(result))

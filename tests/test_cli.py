@@ -76,7 +76,7 @@ def test_demo_for_people(capfd: Any, tmp_path: Path) -> None:
     code, out, _ = call(capfd, "demo", "--n", 8, "--out", tmp_path)
     assert code == 0
     assert "unmodified" in out
-    assert "ToMe, keep 10%" in out
+    assert "ToMe 10%" in out
     assert "contact sheet" in out
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from effvlm.demo.evaluation import evaluate, load
-from effvlm.demo.questions import KINDS
+from effvlm.demo.questions import KINDS, vocabulary
 
 QUESTIONS = 2000
 
@@ -110,7 +110,7 @@ def write(folder: Path, log: Path, notes: str) -> str:
         "train on, 360 held out and shipped here.",
         "",
         "## Not for",
-        "Anything but measuring: it knows 58 words, one layout and one drawing style.",
+        f"Anything but measuring: it knows {len(vocabulary())} words, one layout and one drawing style.",
         "",
         f"Measured with transformers {version('transformers')}, torch {torch.__version__}.",
     ]

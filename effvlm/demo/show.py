@@ -39,7 +39,7 @@ def _at(model: Any, keep: float) -> Any:
 
 
 def _name(keep: float) -> str:
-    return "unmodified" if keep == 1 else f"ToMe, keep {keep:.0%}"
+    return "unmodified" if keep == 1 else f"ToMe {keep:.0%}"
 
 
 @contextmanager
