@@ -110,20 +110,18 @@ def main(arguments: list[str] | None = None) -> None:
     command: Any = typer.main.get_command(app)
     try:
         code = command.main(args=arguments, prog_name="effvlm", standalone_mode=False)
-    except KeyboardInterrupt:
-        notes.print("effvlm: interrupted")
-        code = 130
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130  # typer returns the same
     except Exception as error:
         code = _report(error)
+    if code == 130:
+        notes.print("effvlm: interrupted")
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _report(error: Exception) -> int:
     if _options["debug"]:
         raise error
-    if type(error).__name__ == "Abort":  # typer's form of Ctrl-C
-        notes.print("effvlm: interrupted")
-        return 130
     if hasattr(error, "format_message"):  # a wrong option: typer's own sentence, which names the nearest one
         text, code = error.format_message(), 2
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -19,12 +19,13 @@ from rich.table import Table
 
 from effvlm._info import cpu_name
 from effvlm.ask import open_image
-from effvlm.demo.evaluation import Sample, answer, evaluate, load, samples
+from effvlm.demo.evaluation import Sample, answer, evaluate, load, prompt, samples
 from effvlm.demo.sheet import Tile, contact_sheet
 from effvlm.hf import reduce
 from effvlm.tokens import ToMe
 
 KEEPS = (1.0, 0.5, 0.25, 0.1)
+BATCH = 40
 OWN_QUESTIONS = (
     "what color is the thing at the center ?",
     "what shape is at the center ?",
@@ -58,36 +59,35 @@ def _peak_memory(row: dict[str, Any]) -> Iterator[None]:
         row["peak_memory_mb"] = None
 
 
-def prefill_ms(model: Any, processor: Any, sample: Sample, runs: int = 15) -> tuple[float, int]:
-    """(median milliseconds of the language model's own forward over one prompt, its length), from hooks around real calls."""
-    language, times, length = model.model.language_model, [], 0
+def prefill_ms(model: Any, processor: Any, asked: list[Sample], runs: int = 5) -> float:
+    """Median milliseconds per prompt of the language model's own forward over one batch, from hooks around real calls."""
+    language, times = model.model.language_model, []
 
-    def before(module: Any, args: Any, kwargs: Any) -> None:
-        nonlocal length
-        length = kwargs["inputs_embeds"].shape[1]
+    def before(module: Any, args: Any) -> None:
         times.append(-time.perf_counter())
 
     def after(module: Any, args: Any, out: Any) -> None:
         times[-1] += time.perf_counter()
 
-    hooks = [language.register_forward_pre_hook(before, with_kwargs=True), language.register_forward_hook(after)]
-    inputs = processor(images=[sample.image], text=[f"<image> {sample.question} <answer>"], return_tensors="pt")
+    hooks = [language.register_forward_pre_hook(before), language.register_forward_hook(after)]
+    images, text = [s.image for s in asked], [prompt(s.question) for s in asked]
+    inputs = processor(images=images, text=text, return_tensors="pt", padding=True)
     try:
         with torch.no_grad():
-            for _ in range(runs + 2):  # the first two warm up
-                model(**inputs)
+            for _ in range(runs + 1):  # the first one warms up
+                model(**inputs, logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()
-    return 1e3 * statistics.median(times[2:]), length
+    return 1e3 * statistics.median(times[1:]) / len(asked)
 
 
-def _row(model: Any, processor: Any, keep: float, n: int, seed: int, sample: Sample, step: Any) -> dict[str, Any]:
+def _row(model: Any, processor: Any, keep: float, n: int, seed: int, step: Callable[[int], None]) -> dict[str, Any]:
     row: dict[str, Any] = {"name": _name(keep), "keep": keep}
     with _at(model, keep) as reducer:
-        row["prefill_ms"], row["prompt_tokens"] = prefill_ms(model, processor, sample)
+        row["prefill_ms"] = prefill_ms(model, processor, samples(min(n, BATCH), seed=seed))
         with _peak_memory(row):
-            result = evaluate(model, n, seed=seed, processor=processor, progress=step)
+            result = evaluate(model, n, seed=seed, batch_size=BATCH, processor=processor, progress=step)
     row.update({k: result[k] for k in ("accuracy", "right", "n", "kinds")})
     row["ms_per_answer"] = 1e3 * result["seconds"] / n
     row["visual_tokens"] = model.config.image_seq_length if reducer is None else reducer.tokens_out / reducer.images
@@ -136,17 +136,11 @@ def run(notes: Console, *, n: int, seed: int, out: Path, images: Path | None) ->
     with Progress(*columns, console=notes, transient=True) as progress:
         for keep in KEEPS:
             task = progress.add_task(_name(keep), total=n)
-            rows.append(
-                _row(
-                    model,
-                    processor,
-                    keep,
-                    n,
-                    seed,
-                    samples(1, seed=seed)[0],
-                    lambda k, t=task: progress.update(t, completed=k),
-                )
-            )
+
+            def step(done: int, task: Any = task) -> None:
+                progress.update(task, completed=done)
+
+            rows.append(_row(model, processor, keep, n, seed, step))
     return {
         "rows": rows,
         "samples": [{"question": t.question, "expected": t.expected, "answers": t.answers} for t in tiles],
@@ -167,26 +161,19 @@ def print_tables(console: Console, result: dict[str, Any]) -> None:
         table.add_row(sample["question"], expected or "–", *marks)
     console.print(table)
     first = result["rows"][0]
-    table = Table(title=f"{first['n']} held-out questions per row, {result['machine']['threads']} threads", title_justify="left")
-    for column in (
-        "",
-        "answers right",
-        "visual tokens",
-        "LLM prefill, 1 prompt",
-        "per answer, batch of 40",
-        "peak memory (RSS)",
-    ):
-        table.add_column(column, justify="left" if not column else "right")
+    title = f"{first['n']} held-out questions, {result['machine']['threads']} threads, batches of {BATCH}; times per question"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "right", "visual tokens", "LLM prefill", "answer", "peak memory"):
+        table.add_column(column, justify="right" if column else "left")
     for row in result["rows"]:
-        faster = f" ({first['prefill_ms'] / row['prefill_ms']:.1f}×)" if row is not first else ""
-        memory = f"{row['peak_memory_mb']:.0f} MB" if row["peak_memory_mb"] else "–"
-        right = f"{row['right']} = {row['accuracy']:.1%}"
+        faster = f" {first['prefill_ms'] / row['prefill_ms']:.1f}×" if row is not first else ""
         cells = (
+            f"{row['accuracy']:.1%}",
             f"{row['visual_tokens']:.0f}",
             f"{row['prefill_ms']:.1f} ms{faster}",
             f"{row['ms_per_answer']:.1f} ms",
-            memory,
+            f"{row['peak_memory_mb']:.0f} MB" if row["peak_memory_mb"] else "–",
         )
-        table.add_row(row["name"], right, *cells)
+        table.add_row(row["name"], *cells)
     console.print(table)
     console.print(f"[dim]contact sheet: {result['contact_sheet']}[/]")
