@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
@@ -55,18 +54,13 @@ def amx_emulated() -> ModuleType:
         "core/cpu/parallel.cpp",
         *(f"ops/{op}_cpu.cpp" for op in ops),
     ]
-    out = Path(tempfile.mkdtemp(prefix="effvlm-amx-")) / f"_core{EXTENSION_SUFFIXES[0]}"
     includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
     command = ["c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-w", *AMX_FLAGS.split()]
     command += ["-DEFFVLM_ISA=amx", "-DEFFVLM_ONLY_LEVEL=amx", "-DEFFVLM_EMULATE_AMX", *(f"-I{i}" for i in includes)]
-    subprocess.run([*command, *(str(ROOT / "csrc" / s) for s in sources), "-o", str(out), "-ldl"], check=True)
-    spec = spec_from_file_location("_core", out)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules.pop("_core", None)
-    return module
+    with tempfile.TemporaryDirectory(prefix="effvlm-amx-") as folder:  # once loaded, the file itself is no longer needed
+        out = Path(folder) / f"_core{EXTENSION_SUFFIXES[0]}"
+        subprocess.run([*command, *(str(ROOT / "csrc" / s) for s in sources), "-o", str(out), "-ldl"], check=True)
+        return simt.load_extension("_core", out)
 
 
 @contextlib.contextmanager

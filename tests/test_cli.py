@@ -154,9 +154,8 @@ def test_debug_shows_the_traceback(picture: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 def test_interrupt_is_130_without_a_traceback(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [*SCRIPT, "demo", "--n", "4000", "--out", str(tmp_path)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    command = [*SCRIPT, "demo", "--n", "4000", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     while process.poll() is None and not (tmp_path / "contact_sheet.png").exists():
         time.sleep(0.2)  # until it is in the middle of its work
     time.sleep(1)

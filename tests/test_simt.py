@@ -37,7 +37,7 @@ SEEDS = range(5)
 @pytest.fixture(scope="module")
 def wrong() -> tuple[ModuleType, ModuleType]:
     module = simt.build([simt.HERE / "wrong_kernels.cu"], [simt.HERE / "wrong_module.cpp"], "_wrong")
-    return module, simt._load("_simt_control", Path(str(module.__file__)))
+    return module, simt.load_extension("_simt_control", Path(str(module.__file__)))
 
 
 def _run(wrong: tuple[Any, Any], name: str, mistake: bool, seed: int) -> torch.Tensor:

@@ -17,6 +17,14 @@ from effvlm.demo.evaluation import evaluate, load
 from effvlm.demo.questions import KINDS, vocabulary
 
 QUESTIONS = 2000
+ABOUT = (
+    "## Data",
+    "Scenes are drawn by `effvlm/demo/scenes.py`. The digits are from *Optical Recognition of Handwritten Digits*",
+    "(E. Alpaydin, C. Kaynak; UCI Machine Learning Repository, CC BY 4.0), as bundled with scikit-learn: 1,437 scans to",
+    "train on, 360 held out and shipped here.",
+    "",
+    "## Not for",
+)
 
 
 @contextmanager
@@ -40,11 +48,24 @@ def expert_usage(model: Any) -> Iterator[dict[str, Counter[int]]]:
 
 
 def _shares(usage: dict[str, Counter[int]], experts: int) -> list[str]:
-    rows = []
+    rows = [
+        "Shares of the tokens that the most used, the median and the least used expert of each layer got over these questions:",
+        "",
+        "| layer | most | median | least | used at all |",
+        "|---|---|---|---|---|",
+    ]
     for layer, counts in enumerate(usage.values()):
         share = sorted((counts[e] / counts.total() for e in range(experts)), reverse=True)
         rows.append(f"| {layer} | {share[0]:.1%} | {share[experts // 2]:.1%} | {share[-1]:.1%} | {sum(s > 0 for s in share)} |")
     return rows
+
+
+def _accuracy(seeing: dict[str, Any], blind: dict[str, Any]) -> list[str]:
+    rows = [
+        f"| {kind} | {k['n']} | {k['accuracy']:.1%} | {blind['kinds'][kind]['accuracy']:.1%} |"
+        for kind, k in seeing["kinds"].items()
+    ]
+    return [*rows, f"| overall | {QUESTIONS} | {100 * seeing['accuracy']:.1f} % | {100 * blind['accuracy']:.1f} % |"]
 
 
 def _curve(log: Path) -> list[str]:
@@ -53,6 +74,8 @@ def _curve(log: Path) -> list[str]:
     shown = [step for step in sorted(language) if step in (50, 100) or step % 200 == 0]
     kinds = list(KINDS)
     return [
+        "Share of answer words right while training on 16 pictures × 9 questions a step (running mean, %):",
+        "",
         "| step | loss | " + " | ".join(kinds) + " |",
         "|---" * (len(kinds) + 2) + "|",
         *(
@@ -84,32 +107,17 @@ def write(folder: Path, log: Path, notes: str) -> str:
         "",
         "| kind | n | right | blind |",
         "|---|---|---|---|",
-    ]
-    for kind, counted in seeing["kinds"].items():
-        lines.append(f"| {kind} | {counted['n']} | {counted['accuracy']:.1%} | {blind['kinds'][kind]['accuracy']:.1%} |")
-    lines += [
-        f"| overall | {QUESTIONS} | {100 * seeing['accuracy']:.1f} % | {100 * blind['accuracy']:.1f} % |",
+        *_accuracy(seeing, blind),
         "",
         "## Training",
         "`python -m effvlm.demo.train` (seed 1) on 2 CPU cores; every line of its log is in `training_log.jsonl`. " + notes,
         "",
-        "Share of answer words right while training on 16 pictures × 9 questions a step (running mean, %):",
-        "",
         *_curve(log),
         "",
         "## Experts",
-        "Shares of the tokens that the most used, the median and the least used expert of each layer got over these questions:",
-        "",
-        "| layer | most | median | least | used at all |",
-        "|---|---|---|---|---|",
         *_shares(usage, text.num_local_experts),
         "",
-        "## Data",
-        "Scenes are drawn by `effvlm/demo/scenes.py`. The digits are from *Optical Recognition of Handwritten Digits*",
-        "(E. Alpaydin, C. Kaynak; UCI Machine Learning Repository, CC BY 4.0), as bundled with scikit-learn: 1,437 scans to",
-        "train on, 360 held out and shipped here.",
-        "",
-        "## Not for",
+        *ABOUT,
         f"Anything but measuring: it knows {len(vocabulary())} words, one layout and one drawing style.",
         "",
         f"Measured with transformers {version('transformers')}, torch {torch.__version__}.",

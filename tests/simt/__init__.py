@@ -7,6 +7,7 @@ import os
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import module_from_spec, spec_from_file_location
@@ -41,8 +42,10 @@ def _objects(sources: list[Path], folder: Path, flags: list[str]) -> list[Path]:
     return objects
 
 
-def build(kernels: list[Path], bindings: list[Path], name: str) -> ModuleType:
+def build(kernels: list[Path], bindings: list[Path], name: str, scalar: Sequence[Path] = ()) -> ModuleType:
     """A Python module of the emulator, ``kernels`` (instrumented) and ``bindings``; kept in the cache of this machine's user.
+
+    ``scalar`` are CPU kernels, linked in because the bindings name them, but never called.
 
     Set ``EFFVLM_SIMT_FLAGS="-O0 -g"`` to step through kernels in gdb.
     """
@@ -52,7 +55,7 @@ def build(kernels: list[Path], bindings: list[Path], name: str) -> ModuleType:
     flags = ["-std=c++17", "-fPIC", "-g", "-w", "-pthread", "-DEFFVLM_SIMT", "-DEFFVLM_WITH_CUDA=1", "-DEFFVLM_ONLY_LEVEL=scalar"]
     flags += ['-DEFFVLM_CUDA_VERSION="emulated"', '-DEFFVLM_CUDA_ARCHS="emulated"', *(f"-I{i}" for i in includes)]
     flags += os.environ.get("EFFVLM_SIMT_FLAGS", "-O1").split()
-    everything = sorted([*HERE.glob("*.[hc]*"), *(ROOT / "csrc").rglob("*.*"), *kernels, *bindings])
+    everything = sorted({*HERE.glob("*.[hc]*"), *(ROOT / "csrc").rglob("*.*"), *kernels, *bindings})
     key = hashlib.sha256(b"".join(p.read_bytes() for p in everything) + " ".join(flags).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"effvlm-simt-{os.getuid()}" / f"{name}-{key}"
     target = folder / f"{name}{EXTENSION_SUFFIXES[0]}"
@@ -60,13 +63,15 @@ def build(kernels: list[Path], bindings: list[Path], name: str) -> ModuleType:
         folder.mkdir(parents=True, exist_ok=True)
         objects = _objects(kernels, folder, [*flags, "-fsanitize=thread"])
         objects += _objects([*sorted(HERE.glob("simt*.cpp")), *bindings], folder, flags)
+        objects += _objects([*scalar], folder, [*flags, "-DEFFVLM_ISA=scalar"])
         _compile(["c++", "-shared", "-pthread", *map(str, objects), "-o", str(target) + ".new", "-ldl"])
         os.replace(str(target) + ".new", target)
-    return _load(name, target)
+    return load_extension(name, target)
 
 
-def _load(name: str, path: Path) -> ModuleType:
-    spec = spec_from_file_location(name, path)
+def load_extension(name: str, path: Path) -> ModuleType:
+    """The module ``name`` (as in ``PyInit_name``) of a file, under a full name of its own: pybind11 keeps one module per name."""
+    spec = spec_from_file_location(f"{path.parent.name}.{name}", path)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
@@ -118,16 +123,5 @@ def load() -> Emulated:
     host = [ROOT / "csrc" / name for name in ("bindings.cpp", "core/check.cpp", "core/cpu/isa.cpp", "core/cpu/parallel.cpp")]
     cpu = sorted(ops.glob("*_cpu.cpp"))
     os.environ.setdefault("EFFVLM_SIMT_FLAGS", "-O1")
-    module = build(cuda, [*host, *_scalar(cpu)], "_core")
-    return Emulated(module, _load("_simt_control", Path(str(module.__file__))))
-
-
-def _scalar(sources: list[Path]) -> list[Path]:
-    """The CPU kernels are linked in (the bindings name them) but never called; wrappers give them their level."""
-    folder = Path(tempfile.mkdtemp(prefix="effvlm-simt-"))
-    wrapped = []
-    for source in sources:
-        wrapper = folder / source.name
-        wrapper.write_text(f'#define EFFVLM_ISA scalar\n#include "ops/{source.name}"\n')
-        wrapped.append(wrapper)
-    return wrapped
+    module = build(cuda, host, "_core", scalar=cpu)
+    return Emulated(module, load_extension("_simt_control", Path(str(module.__file__))))
