@@ -45,6 +45,7 @@ Scratch lay_out(const TokenMatchArgs& a, bool screened) {
   if (screened) {
     s.Sp = round_up(s.S, kMatchRows), s.Dp = round_up(s.D, kMatchPanel), s.K = round_up(a.C, kMatchChannels);
     take(s.mean, a.B * s.K);
+    take(s.mean_square, a.B);
     take(s.source, a.B * s.Sp * s.K);
     take(s.destination, a.B * s.Dp * s.K);
     for (float** field : {&s.row_scale, &s.row_error, &s.row_norm, &s.row_slack, &s.row_offset}) take(*field, a.B * s.Sp);
@@ -75,11 +76,15 @@ struct Matcher {
   }
 
   float squared_norm(const T* x) const {
-    f32v sum = set1(0);
-    for_lanes(
-        a.C, [&](i64 c) { sum = fma(load(x + c), load(x + c), sum); },
-        [&](i64 c, int n) { sum = fma(load(x + c, n), load(x + c, n), sum); });
-    return reduce_add(sum);
+    constexpr int kChains = 4, W = f32v::width;  // partial sums, to cover the latency of the multiply-add
+    f32v sum[kChains] = {set1(0), set1(0), set1(0), set1(0)};
+    i64 c = 0;
+    for (; c + kChains * W <= a.C; c += kChains * W)
+      for (int k = 0; k < kChains; ++k) sum[k] = fma(load(x + c + k * W), load(x + c + k * W), sum[k]);
+    for (; c + W <= a.C; c += W) sum[0] = fma(load(x + c), load(x + c), sum[0]);
+    const int rest = static_cast<int>(a.C - c);
+    if (rest) sum[1] = fma(load(x + c, rest), load(x + c, rest), sum[1]);
+    return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
 
   float inverse_of(float square) const { return !a.cosine ? 1.0f : square > 0 ? 1 / std::sqrt(square) : 0.0f; }
@@ -134,17 +139,18 @@ struct Matcher {
     });
   }
 
-  // inverse_norm of every token, and whatever `then(b, n, thread)` wants done while the token is in the cache.
+  // inverse_norm of every token, and whatever `then(b, n, ‖x‖², thread)` wants done while the token is in the cache.
   template <class Then>
   void measure_all(Then&& then) const {
     for (int t = 0; t < a.threads; ++t) scratch.bad_token[t] = -1;
-    parallel_for(a.B * a.N, 1 + 8192 / (a.C + 1), a.threads, [&](i64 begin, i64 end, int thread) {
+    constexpr i64 kAPanel = 2 * kMatchPanel;  // of destinations, with the sources between them: its lines belong to one thread
+    parallel_for(a.B * a.N, round_up(1 + 8192 / (a.C + 1), kAPanel), a.threads, [&](i64 begin, i64 end, int thread) {
       for (i64 t = begin; t < end; ++t) {
         const float square = squared_norm(token(t / a.N, t % a.N));
         scratch.inverse_norm[t] = inverse_of(square);
         i64& bad = scratch.bad_token[thread];
         if (!(square <= 3.4028235e38f)) bad = bad < 0 || t < bad ? t : bad;
-        then(t / a.N, t % a.N, thread);
+        then(t / a.N, t % a.N, square, thread);
       }
     });
     i64 bad = -1;
@@ -170,7 +176,7 @@ struct Matcher {
 
   void match_directly() const {
     constexpr i64 kRows = 32;  // their rows stay in the second-level cache while the destinations stream by
-    measure_all([](i64, i64, int) {});
+    measure_all([](i64, i64, float, int) {});
     match_all(kRows, [&](i64 b, i64 first, i64 last, int) { match_rows(b, first, last); });
   }
 
@@ -183,12 +189,12 @@ struct Matcher {
     parallel_for(a.B, 1, a.threads, [&](i64 begin, i64 end, int) {
       for (i64 b = begin; b < end; ++b) screen.find_mean(b), screen.pad_destinations(b);
     });
-    measure_all([&](i64 b, i64 n, int thread) {
+    measure_all([&](i64 b, i64 n, float square, int thread) {
       float* row = s.row + thread * s.K;
       if (n % 2) {
-        screen.round_destination(b, n / 2, row);
+        screen.round_destination(b, n / 2, square, row);
       } else {
-        screen.round_source(b, n / 2, row);
+        screen.round_source(b, n / 2, square, row);
       }
     });
     match_all(kStripRows, [&](i64 b, i64 first, i64 last, int thread) { screen.match_rows(b, first, last, thread); });

@@ -18,7 +18,7 @@ namespace {
 
 struct ScreenScratch {
   std::int64_t S, D, Sp, Dp, K;                                      // sources, destinations, both padded, padded channels
-  float* mean;                                                       // (B,K)
+  float *mean, *mean_square;                                         // (B,K), (B): m and <m, m>
   std::uint8_t* source;                                              // (B,Sp,K): q + 128
   std::int8_t* destination;                                          // (B,Dp/16 panels,K,16)
   float *row_scale, *row_error, *row_norm, *row_slack, *row_offset;  // (B,Sp): scale, ‖e‖, ‖x̃−m‖, slack, the bracket above
@@ -51,10 +51,13 @@ struct Screen {
           C, [&](i64 c) { store(mean + c, fma(load(x + c), weight, load(mean + c))); },
           [&](i64 c, int n) { store(mean + c, fma(load(x + c, n), weight, load(mean + c, n)), n); });
     }
+    f32v square = set1(0);
+    for (i64 c = 0; c < s.K; c += 16) square = fma(load(mean + c), load(mean + c), square);
+    s.mean_square[b] = reduce_add(square);
   }
 
   struct Rounded {
-    float scale, error, norm, length, offset, mean_square;
+    float scale, error, norm, offset;
     i32 sum;
   };
 
@@ -64,15 +67,13 @@ struct Screen {
     const T* x = tokens.token(b, n);
     const i64 C = tokens.a.C;
     const float *mean = s.mean + b * s.K, inverse = tokens.inverse(b, n);
-    f32v largest = set1(0), square = set1(0), length = set1(0), offset = set1(0), mean_square = set1(0), error = set1(0);
+    f32v largest = set1(0), square = set1(0), offset = set1(0), error = set1(0);
     const auto centre = [&](i64 c, f32v value) {
       const f32v m = load(mean + c), normal = value * set1(inverse), centred = normal - m;
       store(y + c, centred);
       largest = max(largest, abs(centred));
       square = fma(centred, centred, square);
-      length = fma(normal, normal, length);
       offset = fma(m, normal, offset);
-      mean_square = fma(m, m, mean_square);
     };
     i64 c = 0;
     for (; c + 16 <= C; c += 16) centre(c, load(x + c));
@@ -87,26 +88,26 @@ struct Screen {
       sum = _mm512_add_epi32(sum, q);
       put(c, _mm512_cvtsepi32_epi8(q));
     }
-    return {scale,
-            kUp * std::sqrt(reduce_add(error)),
-            kUp * std::sqrt(reduce_add(square)),
-            kUp * std::sqrt(reduce_add(length)),
-            reduce_add(offset),
-            reduce_add(mean_square),
+    return {scale, kUp * std::sqrt(reduce_add(error)), kUp * std::sqrt(reduce_add(square)), reduce_add(offset),
             _mm512_reduce_add_epi32(sum)};
   }
 
-  void round_source(i64 b, i64 i, float* y) const {
+  // ‖x̃‖ + ‖m‖ of token n, whose squared norm is known.
+  float reach(i64 b, i64 n, float square) const {
+    return kUp * (std::sqrt(square) * tokens.inverse(b, n) + std::sqrt(s.mean_square[b]));
+  }
+
+  void round_source(i64 b, i64 i, float square, float* y) const {
     const i64 at = b * s.Sp + i;
     std::uint8_t* bytes = s.source + at * s.K;
     const Rounded r = round_token(b, 2 * i, y, [&](i64 c, __m128i q) {
       _mm_store_si128(reinterpret_cast<__m128i*>(bytes + c), _mm_xor_si128(q, _mm_set1_epi8(-128)));  // + 128
     });
-    s.row_scale[at] = r.scale, s.row_error[at] = r.error, s.row_norm[at] = r.norm, s.row_offset[at] = r.offset - r.mean_square;
-    s.row_slack[at] = (4.0f * tokens.a.C + 256) * 0x1p-24f * (r.length + kUp * std::sqrt(r.mean_square));
+    s.row_scale[at] = r.scale, s.row_error[at] = r.error, s.row_norm[at] = r.norm, s.row_offset[at] = r.offset - s.mean_square[b];
+    s.row_slack[at] = (4.0f * tokens.a.C + 256) * 0x1p-24f * reach(b, 2 * i, square);
   }
 
-  void round_destination(i64 b, i64 j, float* y) const {
+  void round_destination(i64 b, i64 j, float square, float* y) const {
     const i64 at = b * s.Dp + j;
     std::int8_t* panel = s.destination + (at - j % kPanel) * s.K + j % kPanel * 4;
     const Rounded r = round_token(b, 2 * j + 1, y, [&](i64 c, __m128i q) {
@@ -115,7 +116,7 @@ struct Screen {
       for (int four = 0; four < 16; four += 4) std::memcpy(panel + (c + four) * kPanel, bytes + four, 4);
     });
     s.scale[at] = r.scale, s.offset[at] = r.offset, s.error[at] = r.error, s.norm[at] = r.norm + r.error;
-    s.reach[at] = r.length + kUp * std::sqrt(r.mean_square), s.shift[at] = 128 * r.sum;
+    s.reach[at] = reach(b, 2 * j + 1, square), s.shift[at] = 128 * r.sum;
   }
 
   void pad_destinations(i64 b) const {  // lanes past the last destination: never a candidate

@@ -51,11 +51,17 @@ inline void dots(const T* const* a, const T* const* b, std::int64_t C, float* ou
     for (int k = 0; k < Chains; ++k) step(k, [&](const T* p) { return Lanes::take(p + c + k * W); });
   for (; c + W <= C; c += W) step(0, [&](const T* p) { return Lanes::take(p + c); });
   if (c < C) step(0, [&](const T* p) { return Lanes::take(p + c, static_cast<int>(C - c)); });
-  for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NR; ++j) {
-      for (int k = 1; k < Chains; ++k) sum[i][j][0] = sum[i][j][0] + sum[i][j][k];
-      out[i * NR + j] = reduce_add(sum[i][j][0]);
+  for (int pair = 0; pair < MR * NR; pair += 4) {
+    f32v four[4];
+    float total[4];
+    for (int l = 0; l < 4; ++l) {
+      const int last = pair + l < MR * NR ? pair + l : MR * NR - 1;
+      four[l] = sum[last / NR][last % NR][0];
+      for (int k = 1; k < Chains; ++k) four[l] = four[l] + sum[last / NR][last % NR][k];
     }
+    reduce_add4(four, total);
+    for (int l = 0; l < 4 && pair + l < MR * NR; ++l) out[pair + l] = total[l];
+  }
 }
 
 }  // namespace effvlm::EFFVLM_ISA

@@ -62,7 +62,8 @@ void parallel_run(std::int64_t count, std::int64_t grain, int threads, ParallelB
   if (count <= 0) return;
   grain = std::max<std::int64_t>(1, grain);
   const std::int64_t parts = std::clamp<std::int64_t>(count / grain, 1, std::int64_t{threads} * kPartsPerThread);
-  Job job{count, (count + parts - 1) / parts, body, context, {}, nullptr, {}};
+  const std::int64_t size = (count + parts - 1) / parts;
+  Job job{count, (size + grain - 1) / grain * grain, body, context, {}, nullptr, {}};
   const int team = static_cast<int>(std::min<std::int64_t>(threads, parts));
   if (team <= 1 || !runtime().parallel) {
     job.run(0);

@@ -5,9 +5,10 @@
 
 namespace effvlm {
 
-// body(context, begin, end, thread) for contiguous parts of [0, count), 0 <= thread < threads. A part has at least `grain` items
-// (but for the last); threads take the next part when they are free, so a body's result must not depend on its thread.
-// The first exception thrown by a part is rethrown to the caller, once all threads have stopped.
+// body(context, begin, end, thread) for contiguous parts of [0, count), 0 <= thread < threads. A part has a multiple of `grain`
+// items (but for the last), so that a grain of whole cache lines is never shared; threads take the next part when they are free,
+// so a body's result must not depend on its thread. The first exception thrown by a part is rethrown to the caller, once all
+// threads have stopped.
 using ParallelBody = void (*)(void* context, std::int64_t begin, std::int64_t end, int thread);
 void parallel_run(std::int64_t count, std::int64_t grain, int threads, ParallelBody body, void* context);
 

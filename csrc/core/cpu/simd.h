@@ -56,7 +56,7 @@ inline void from_f32(float x, f16& out) {
   out.bits = static_cast<std::uint16_t>(sign | half);
 }
 
-// ---- vectors ----
+// ---- vectors; max and min of a number and NaN are their second argument ----
 
 #if defined(__AVX512F__)
 
@@ -102,8 +102,24 @@ inline f32v operator*(f32v a, f32v b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline f32v operator/(f32v a, f32v b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline f32v fma(f32v a, f32v b, f32v c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline f32v max(f32v a, f32v b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline f32v min(f32v a, f32v b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline f32v abs(f32v a) { return {_mm512_abs_ps(a.v)}; }
+// 2^n for the float 1.5·2^23 + n with |n| < 127: what rounding by that addition leaves.
+inline f32v exp2_of_rounded(f32v x) {
+  const __m512i n = _mm512_add_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(n, 23))};
+}
 inline float reduce_add(f32v a) { return _mm512_reduce_add_ps(a.v); }
+// Four sums at once, each in the same order wherever it stands.
+inline void reduce_add4(const f32v* a, float* out) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a[0].v, a[1].v), _mm512_unpackhi_ps(a[0].v, a[1].v));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(a[2].v, a[3].v), _mm512_unpackhi_ps(a[2].v, a[3].v));
+  const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512 lanes = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+}
 inline float reduce_max(f32v a) { return _mm512_reduce_max_ps(a.v); }
 
 #else
@@ -127,7 +143,16 @@ inline f32v operator*(f32v a, f32v b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline f32v operator/(f32v a, f32v b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline f32v fma(f32v a, f32v b, f32v c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline f32v max(f32v a, f32v b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline f32v min(f32v a, f32v b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline f32v abs(f32v a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+inline f32v exp2_of_rounded(f32v x) {
+  const __m256i n = _mm256_add_epi32(_mm256_castps_si256(x.v), _mm256_set1_epi32(127));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(n, 23))};
+}
+inline void reduce_add4(const f32v* a, float* out) {
+  const __m256 lanes = _mm256_hadd_ps(_mm256_hadd_ps(a[0].v, a[1].v), _mm256_hadd_ps(a[2].v, a[3].v));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1)));
+}
 #else
 // The floor of the ABI (SSE2, NEON): four lanes through the compiler's vector extension.
 typedef float f32x4 __attribute__((vector_size(16)));
@@ -152,7 +177,19 @@ inline f32v operator*(f32v a, f32v b) { return {a.v * b.v}; }
 inline f32v operator/(f32v a, f32v b) { return {a.v / b.v}; }
 inline f32v fma(f32v a, f32v b, f32v c) { return {a.v * b.v + c.v}; }
 inline f32v max(f32v a, f32v b) { return {a.v > b.v ? a.v : b.v}; }
+inline f32v min(f32v a, f32v b) { return {a.v < b.v ? a.v : b.v}; }
 inline f32v abs(f32v a) { return {a.v < 0 ? -a.v : a.v}; }
+inline f32v exp2_of_rounded(f32v x) {
+  typedef std::uint32_t u32x4 __attribute__((vector_size(16)));
+  u32x4 n;
+  std::memcpy(&n, &x.v, sizeof n);
+  n = (n + 127) << 23;
+  std::memcpy(&x.v, &n, sizeof n);
+  return x;
+}
+inline void reduce_add4(const f32v* a, float* out) {
+  for (int i = 0; i < 4; ++i) out[i] = (a[i].v[0] + a[i].v[2]) + (a[i].v[1] + a[i].v[3]);
+}
 #endif
 
 // Without mask registers, tails and 16-bit stores go through a small array.
