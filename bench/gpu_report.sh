@@ -13,7 +13,16 @@ note() { printf '\n== %s (%d s so far)\n' "$*" "$SECONDS"; }
 note "environment"
 # The environment's own torch: another one would be gigabytes, and might not match the driver.
 python3 -m venv --system-site-packages "$work/venv" && . "$work/venv/bin/activate" || exit 1
-python -c 'import torch; assert torch.cuda.is_available(), "torch sees no CUDA device"; print(torch.__version__, torch.cuda.get_device_name(0))' || exit 1
+python - <<'CHECK' || exit 1
+import sys
+try:
+    import torch, transformers
+except ImportError as error:
+    sys.exit(f"gpu_report: expected this Python to have torch and transformers, got: {error}")
+if not torch.cuda.is_available():
+    sys.exit("gpu_report: expected a CUDA device, torch sees none")
+print(torch.__version__, torch.cuda.get_device_name(0))
+CHECK
 
 note "build"
 arch=$(python -c 'import torch; print("%d%d" % torch.cuda.get_device_capability(0))')
