@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <optional>
 #include <tuple>
 
@@ -10,6 +12,7 @@
 #include "core/cpu/isa.h"
 #include "core/cpu/parallel.h"
 #include "core/view.h"
+#include "ops/moe_ffn.h"
 #include "ops/token_match.h"
 #include "ops/token_merge.h"
 
@@ -94,6 +97,50 @@ void merge(const Raw& x_raw, const Raw& group_raw, std::int64_t M, const std::op
       place, token_merge_cpu, EFFVLM_CUDA_FORM(token_merge));
 }
 
+using Optional = std::optional<Raw>;
+
+MoeFfnArgs moe_args(const Raw& x_raw, const Raw& ids_raw, const Raw& weight_raw, const Raw& up_raw, const Optional& up_bias_raw,
+                    const Raw& down_raw, const Optional& down_bias_raw, const std::string& act, bool gated, bool interleaved,
+                    double alpha, double limit, double offset, const Place& place) {
+  constexpr std::array<const char*, 5> kActs = {"silu", "gelu", "gelu_tanh", "relu", "relu2"};
+  const View x = view(x_raw), ids = view(ids_raw), weight = view(weight_raw), up = view(up_raw), up_bias = view(up_bias_raw);
+  const View down = view(down_raw), down_bias = view(down_bias_raw);
+  const auto found = std::find(kActs.begin(), kActs.end(), act);
+  EFFVLM_CHECK(found != kActs.end(), "moe_ffn: unknown activation '%s'", act.c_str());
+  MoeFfnArgs a{};
+  a.T = x.shape[0], a.K = ids.shape[1], a.E = up.shape[0], a.H = x.shape[1], a.I = down.shape[2], a.O = down.shape[1];
+  a.dtype = x.dtype, a.x = x.data, a.x_stride_t = x.stride[0], a.x_stride_h = x.stride[1];
+  a.ids = ids.as<std::int64_t>(), a.ids_stride_t = ids.stride[0], a.ids_stride_k = ids.stride[1];
+  a.weight = weight.as<float>(), a.weight_stride_t = weight.stride[0], a.weight_stride_k = weight.stride[1];
+  a.up = up.data, a.up_stride_e = up.stride[0], a.up_stride_r = up.stride[1], a.up_stride_h = up.stride[2];
+  a.up_bias = up_bias.data, a.up_bias_stride_e = up_bias.stride[0], a.up_bias_stride_r = up_bias.stride[1];
+  a.down = down.data, a.down_stride_e = down.stride[0], a.down_stride_o = down.stride[1], a.down_stride_i = down.stride[2];
+  a.down_bias = down_bias.data, a.down_bias_stride_e = down_bias.stride[0], a.down_bias_stride_o = down_bias.stride[1];
+  a.act = static_cast<Act>(found - kActs.begin()), a.gated = gated, a.interleaved = interleaved;
+  a.alpha = static_cast<float>(alpha), a.limit = static_cast<float>(limit), a.offset = static_cast<float>(offset);
+  a.threads = std::get<2>(place);
+  return a;
+}
+
+std::int64_t moe_workspace(const Raw& x, const Raw& ids, const Raw& weight, const Raw& up, const Optional& up_bias,
+                           const Raw& down, const Optional& down_bias, const std::string& act, bool gated, bool interleaved,
+                           double alpha, double limit, double offset, const Place& place) {
+  const MoeFfnArgs a =
+      moe_args(x, ids, weight, up, up_bias, down, down_bias, act, gated, interleaved, alpha, limit, offset, place);
+#if EFFVLM_WITH_CUDA
+  if (kEmulated || std::get<0>(place) >= 0) return moe_ffn_workspace_cuda(a);
+#endif
+  return MoeFfnLayout(a, moe_ffn_pairs(a)).bytes;
+}
+
+void moe(const Raw& x, const Raw& ids, const Raw& weight, const Raw& up, const Optional& up_bias, const Raw& down,
+         const Optional& down_bias, const std::string& act, bool gated, bool interleaved, double alpha, double limit,
+         double offset, const Raw& out, const Raw& workspace, const Place& place) {
+  MoeFfnArgs a = moe_args(x, ids, weight, up, up_bias, down, down_bias, act, gated, interleaved, alpha, limit, offset, place);
+  a.out = view(out).data, a.workspace = view(workspace).data, a.workspace_bytes = view(workspace).shape[0];
+  run(a, place, moe_ffn_cpu, EFFVLM_CUDA_FORM(moe_ffn));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -110,6 +157,8 @@ PYBIND11_MODULE(_core, m) {
   m.attr("cuda_version") = "";
   m.attr("cuda_archs") = "";
 #endif
+  m.def("moe_ffn_workspace", &moe_workspace);
+  m.def("moe_ffn", &moe);
   m.def("token_match_workspace", &match_workspace);
   m.def("token_match", &match);
   m.def("token_merge_workspace", &merge_workspace);

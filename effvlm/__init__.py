@@ -4,8 +4,8 @@ from importlib.metadata import version
 
 from effvlm import demo, tokens
 from effvlm._library import set_cpu_isa
-from effvlm.hf import reduce
-from effvlm.ops import TokenMatch, TokenMerge, token_match, token_merge
+from effvlm.hf import disable, enable, reduce
+from effvlm.ops import TokenMatch, TokenMerge, moe_ffn, token_match, token_merge
 
 __version__ = version("effvlm")
 
@@ -14,6 +14,9 @@ __all__ = [
     "TokenMerge",
     "__version__",
     "demo",
+    "disable",
+    "enable",
+    "moe_ffn",
     "reduce",
     "set_cpu_isa",
     "token_match",

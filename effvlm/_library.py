@@ -156,12 +156,15 @@ def register(
     """
     op = OPS[name] = Op(name, check, allocate, reference)
 
-    def kernel(*args: Any) -> Tensors:
-        return _run(op, *args)
+    def one_or_all(outputs: Tensors) -> Any:  # what torch.library wants of "-> Tensor" and of "-> (Tensor, Tensor)"
+        return outputs if len(outputs) > 1 else outputs[0]
 
-    def fake(*args: Any) -> Tensors:
+    def kernel(*args: Any) -> Any:
+        return one_or_all(_run(op, *args))
+
+    def fake(*args: Any) -> Any:
         check(*args)
-        return allocate(*args)
+        return one_or_all(allocate(*args))
 
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, kernel, "CPU")
@@ -175,7 +178,8 @@ def register(
                 say_once(name, f"effvlm.{name}: an input requires grad; the PyTorch reference runs, for its backward")
             check(*args)
             return reference(*args)
-        return tuple(overload(*args))
+        outputs = overload(*args)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
 
     return call
 

@@ -59,13 +59,15 @@ def test_demo_prints_the_table_and_draws_the_sheet(capfd: Any, tmp_path: Path, p
     code, out, _ = call(capfd, "demo", "--n", 16, "--json", "--out", tmp_path / "made", "--images", picture.parent)
     result = json.loads(out)
     assert code == 0
-    assert [row["keep"] for row in result["rows"]] == [1.0, 0.5, 0.25, 0.1]
-    assert [row["visual_tokens"] for row in result["rows"]] == [144, 72, 36, 14]
+    assert [row["keep"] for row in result["rows"]] == [1.0, 1.0, 0.5, 0.25, 0.1]
+    assert [row["visual_tokens"] for row in result["rows"]] == [144, 144, 72, 36, 14]
     for row in result["rows"]:
         assert row["accuracy"] == row["right"] / row["n"] == sum(k["right"] for k in row["kinds"].values()) / 16
         assert row["prefill_ms"] > 0
         assert row["ms_per_answer"] > 0
     assert result["rows"][0]["accuracy"] > 0.8
+    assert result["rows"][1]["name"] == "enabled, lossless"
+    assert result["rows"][1]["kinds"] == result["rows"][0]["kinds"]
     assert sum(s["expected"] is None for s in result["samples"]) == 3  # the questions about the picture in the folder
     with Image.open(result["contact_sheet"]) as sheet:
         assert sheet.width > 800

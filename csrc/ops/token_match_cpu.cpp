@@ -118,7 +118,7 @@ struct Matcher {
         for (int k = 0; k < MR; ++k) rows[k] = token(b, 2 * (i + k < last ? i + k : last - 1));
         dots<T, MR, 4, 1>(rows, columns, a.C, dot);
         for (int k = 0; k < MR && i + k < last; ++k)
-          for (int l = 0; l < 4 && j + l < D; ++l) keep_best(b, i + k, j + l, dot[k * 4 + l]);
+          for (int l = 0; l < 4 && j + l < D; ++l) keep_best(b, i + k, j + l, dot[l * MR + k]);
       }
     }
   }

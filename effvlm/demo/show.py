@@ -21,7 +21,7 @@ from effvlm._info import cpu_name
 from effvlm.ask import open_image
 from effvlm.demo.evaluation import Sample, answer, evaluate, load, prompt, samples
 from effvlm.demo.sheet import Tile, contact_sheet
-from effvlm.hf import reduce
+from effvlm.hf import disable, enable, reduce
 from effvlm.tokens import ToMe
 
 KEEPS = (1.0, 0.5, 0.25, 0.1)
@@ -39,8 +39,20 @@ def _at(model: Any, keep: float) -> Any:
     return nullcontext() if keep == 1 else reduce(model, ToMe(keep=keep))
 
 
-def _name(keep: float) -> str:
-    return "unmodified" if keep == 1 else f"ToMe {keep:.0%}"
+@contextmanager
+def _enabled(model: Any) -> Iterator[None]:
+    """Our kernels under the model, all tokens: what is lossless."""
+    enable(model)
+    try:
+        yield
+    finally:
+        disable(model)
+
+
+def _settings(model: Any) -> list[tuple[str, float, Any]]:
+    """Name, share of visual tokens kept, context: the rows of the table."""
+    rows = [("unmodified", 1.0, nullcontext()), ("enabled, lossless", 1.0, _enabled(model))]
+    return rows + [(f"ToMe {keep:.0%}", keep, _at(model, keep)) for keep in KEEPS[1:]]
 
 
 @contextmanager
@@ -82,16 +94,14 @@ def prefill_ms(model: Any, processor: Any, asked: list[Sample], runs: int = 5) -
     return 1e3 * statistics.median(times[1:]) / len(asked)
 
 
-def _row(model: Any, processor: Any, keep: float, n: int, seed: int, step: Callable[[int], None]) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": _name(keep), "keep": keep}
-    with _at(model, keep) as reducer:
+def _row(model: Any, processor: Any, row: dict[str, Any], context: Any, n: int, seed: int, step: Callable[[int], None]) -> None:
+    with context as reducer:
         row["prefill_ms"] = prefill_ms(model, processor, samples(min(n, BATCH), seed=seed))
         with _peak_memory(row):
             result = evaluate(model, n, seed=seed, batch_size=BATCH, processor=processor, progress=step)
     row.update({k: result[k] for k in ("accuracy", "right", "n", "kinds")})
     row["ms_per_answer"] = 1e3 * result["seconds"] / n
     row["visual_tokens"] = model.config.image_seq_length if reducer is None else reducer.tokens_out / reducer.images
-    return row
 
 
 def _own_pictures(folder: Path | None) -> list[tuple[str, Image.Image]]:
@@ -131,16 +141,17 @@ def run(notes: Console, *, n: int, seed: int, out: Path, images: Path | None) ->
     tiles = _tiles(model, processor, shown)
     out.mkdir(parents=True, exist_ok=True)
     contact_sheet(tiles).save(out / "contact_sheet.png")
-    rows = []
+    rows: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=notes, transient=True) as progress:
-        for keep in KEEPS:
-            task = progress.add_task(_name(keep), total=n)
+        for name, keep, context in _settings(model):
+            task = progress.add_task(name, total=n)
 
             def step(done: int, task: Any = task) -> None:
                 progress.update(task, completed=done)
 
-            rows.append(_row(model, processor, keep, n, seed, step))
+            rows.append({"name": name, "keep": keep})
+            _row(model, processor, rows[-1], context, n, seed, step)
     return {
         "rows": rows,
         "samples": [{"question": t.question, "expected": t.expected, "answers": t.answers} for t in tiles],
@@ -164,7 +175,7 @@ def print_tables(console: Console, result: dict[str, Any]) -> None:
     title = f"{first['n']} held-out questions, {result['machine']['threads']} threads, batches of {BATCH}; times per question"
     table = Table(title=title, title_justify="left")
     for column in ("", "right", "visual tokens", "LLM prefill", "answer", "peak memory"):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     for row in result["rows"]:
         faster = f" {first['prefill_ms'] / row['prefill_ms']:.1f}×" if row is not first else ""
         cells = (

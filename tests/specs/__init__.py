@@ -51,6 +51,7 @@ class Spec:
         flops, bytes: of one call, as the op's header states them; bytes are those that must move.
         compare: replaces the comparison by tolerance: (arguments, got, oracle, same-dtype reference) → raises.
         peers: other ways to get the same, for bench: name → function of the arguments.
+        streamed: arguments that the reference converts to the dtype of the first piece by piece, because they are gigabytes.
         run: what to call; default the op itself. Specs with a ``run`` are chains of ops: timed, not conformance-tested.
     """
 
@@ -64,6 +65,7 @@ class Spec:
     compare: Callable[[Args, Tensors, Tensors, Tensors], None] | None = None
     bad: tuple[Bad, ...] = ()
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    streamed: tuple[int, ...] = ()
     run: Callable[..., Tensors] | None = None
     reference: Callable[..., Tensors] | None = None
 
@@ -71,7 +73,8 @@ class Spec:
         """The compiled thing."""
         if self.run:
             return self.run(*args)
-        return tuple(getattr(torch.ops.effvlm, self.op)(*args))
+        outputs = getattr(torch.ops.effvlm, self.op)(*args)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def refer(self, *args: Any) -> Tensors:
         """The same in plain PyTorch."""
@@ -79,7 +82,11 @@ class Spec:
 
     def oracle(self, *args: Any) -> Tensors:
         """The reference on float64 copies of all floating-point arguments."""
-        return self.refer(*(a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args))
+
+        def wide(i: int, a: Any) -> Any:
+            return a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() and i not in self.streamed else a
+
+        return self.refer(*(wide(i, a) for i, a in enumerate(args)))
 
 
 @cache

@@ -28,8 +28,8 @@ struct DotLanes<bf16> {  // two products a lane: exact products, f32 sums, subno
 };
 #endif
 
-// out[i*NR + j] = <a[i], b[j]> over C contiguous elements, for MR × NR pairs held in registers. Chains interleaves that many
-// partial sums per pair, to cover the latency of the multiply-add where MR·NR alone does not.
+// out[j*MR + i] = <a[i], b[j]> over C contiguous elements, for MR × NR pairs held in registers (and NR of b, one of a). Chains
+// interleaves that many partial sums per pair, to cover the latency of the multiply-add where MR·NR alone does not.
 template <class T, int MR, int NR, int Chains>
 inline void dots(const T* const* a, const T* const* b, std::int64_t C, float* out) {
   using Lanes = DotLanes<T>;
@@ -51,17 +51,20 @@ inline void dots(const T* const* a, const T* const* b, std::int64_t C, float* ou
     for (int k = 0; k < Chains; ++k) step(k, [&](const T* p) { return Lanes::take(p + c + k * W); });
   for (; c + W <= C; c += W) step(0, [&](const T* p) { return Lanes::take(p + c); });
   if (c < C) step(0, [&](const T* p) { return Lanes::take(p + c, static_cast<int>(C - c)); });
-  for (int pair = 0; pair < MR * NR; pair += 4) {
-    f32v four[4];
-    float total[4];
-    for (int l = 0; l < 4; ++l) {
-      const int last = pair + l < MR * NR ? pair + l : MR * NR - 1;
-      four[l] = sum[last / NR][last % NR][0];
-      for (int k = 1; k < Chains; ++k) four[l] = four[l] + sum[last / NR][last % NR][k];
+#pragma GCC unroll 32  // or the sums would have to leave their registers to be indexed
+  for (int j = 0; j < NR; ++j)
+#pragma GCC unroll 32
+    for (int i = 0; i < MR; i += 4) {
+      f32v four[4];
+      for (int l = 0; l < 4; ++l) {
+        const int row = i + l < MR ? i + l : MR - 1;
+        four[l] = sum[row][j][0];
+        for (int k = 1; k < Chains; ++k) four[l] = four[l] + sum[row][j][k];
+      }
+      float total[4];
+      reduce_add4(four, total);
+      for (int l = 0; l < 4 && i + l < MR; ++l) out[j * MR + i + l] = total[l];
     }
-    reduce_add4(four, total);
-    for (int l = 0; l < 4 && pair + l < MR * NR; ++l) out[pair + l] = total[l];
-  }
 }
 
 }  // namespace effvlm::EFFVLM_ISA

@@ -107,6 +107,7 @@ __device__ __forceinline__ int block_exclusive_sum(int x, int* scratch, int& tot
   return offset + sum - x;
 }
 
-__device__ __forceinline__ void add_shared(int* counter, int value) { atomicAdd(counter, value); }
+// Returns what was there before.
+__device__ __forceinline__ int add_shared(int* counter, int value) { return atomicAdd(counter, value); }
 
 }  // namespace effvlm

@@ -1,0 +1,259 @@
+#include "core/check.h"
+#include "core/cpu/math.h"
+#include "core/cpu/parallel.h"
+#include "core/dispatch.h"
+#include "ops/moe_ffn.h"
+#include "ops/moe_ffn_product.h"
+
+namespace effvlm::EFFVLM_ISA {
+namespace {
+
+using i64 = std::int64_t;
+using i32 = std::int32_t;
+
+template <class T>
+struct Experts {
+  const MoeFfnArgs& a;
+  const MoeFfnLayout& at;
+
+  template <class P>
+  P* scratch(i64 offset) const {
+    return reinterpret_cast<P*>(static_cast<char*>(a.workspace) + offset);
+  }
+  i32* start() const { return scratch<i32>(at.start); }
+  i32* order() const { return scratch<i32>(at.order); }
+  i32* first_block() const { return scratch<i32>(at.first_block); }
+  i64 tokens_of(i64 e) const { return start()[e + 1] - start()[e]; }
+  // How many of an expert's tokens are taken as blocks. Those left over are few; they would leave most lanes of one empty.
+  i64 blocked(i64 e) const {
+    const i64 all = tokens_of(e), rest = all % kMoeBlock;
+    return rest <= kMoeFewTokens ? all - rest : all;
+  }
+  T* hidden(i64 pair) const { return scratch<T>(at.hidden) + pair * at.hidden_stride; }
+
+  // Counting sort of the choices by expert; pair t·K + k is choice k of token t. start[E] … order holds the skipped ones' count.
+  void sort_pairs() const {
+    i32 *first = start(), *sorted = order();
+    for (i64 e = 0; e <= a.E; ++e) first[e] = 0;
+    const auto each = [&](auto&& f) {
+      for (i64 t = 0; t < a.T; ++t)
+        for (i64 k = 0; k < a.K; ++k) f(t * a.K + k, a.ids[t * a.ids_stride_t + k * a.ids_stride_k]);
+    };
+    each([&](i64 pair, i64 e) {
+      if (e < -1 || e > a.E)
+        fail("moe_ffn: expected expert ids in 0 … %lld, or -1 or %lld to skip, got %lld at token %lld, choice %lld",
+             static_cast<long long>(a.E - 1), static_cast<long long>(a.E), static_cast<long long>(e),
+             static_cast<long long>(pair / a.K), static_cast<long long>(pair % a.K));
+      if (e >= 0 && e < a.E) ++first[e];
+    });
+    i32 sum = 0;
+    for (i64 e = 0; e <= a.E; ++e) {
+      const i32 size = first[e];
+      first[e] = sum;
+      sum += size;
+    }
+    each([&](i64 pair, i64 e) {
+      if (e >= 0 && e < a.E) sorted[first[e]++] = static_cast<i32>(pair);
+    });
+    for (i64 e = a.E; e > 0; --e) first[e] = first[e - 1];
+    first[0] = 0;
+    i32 blocks = 0;
+    for (i64 e = 0; e < a.E; ++e) {
+      first_block()[e] = blocks;
+      blocks += static_cast<i32>((blocked(e) + kMoeBlock - 1) / kMoeBlock);
+    }
+    first_block()[a.E] = blocks;
+  }
+
+  const T* token(i64 t) const {
+    if (a.x_stride_h != 1) return scratch<T>(at.x) + t * at.x_stride;
+    return static_cast<const T*>(a.x) + t * a.x_stride_t;
+  }
+
+  void pack_tokens() const {
+    if (a.x_stride_h == 1) return;
+    for (i64 t = 0; t < a.T; ++t)
+      for (i64 h = 0; h < a.H; ++h)
+        scratch<T>(at.x)[t * at.x_stride + h] = static_cast<const T*>(a.x)[t * a.x_stride_t + h * a.x_stride_h];
+  }
+
+  // The tokens [c0, c0 + count) of a crowded expert as blocks: this thread's last ones, or packed now.
+  const float* token_blocks(i64 e, i64 c0, i64 count, int thread) const {
+    float* blocks = scratch<float>(at.x_blocks) + thread * (kMoeTokens / kMoeBlock) * at.x_block;
+    i64& packed = scratch<i64>(at.packed)[thread];
+    const i64 first = start()[e] + c0;
+    if (packed == first) return blocks;
+    packed = first;
+    for (i64 c = 0; c < count; c += kMoeBlock) {
+      const T* rows[kMoeBlock];
+      const i64 n = count - c < kMoeBlock ? count - c : kMoeBlock;
+      for (i64 l = 0; l < n; ++l) rows[l] = token(order()[first + c + l] / a.K);
+      pack_block(rows, n, a.H, blocks + c / kMoeBlock * at.x_block);
+    }
+    return blocks;
+  }
+  float* hidden_block(i64 e, i64 c) const {
+    return scratch<float>(at.hidden_blocks) + (first_block()[e] + c / kMoeBlock) * at.hidden_block;
+  }
+  float* copy(int thread) const { return scratch<float>(at.copy) + thread * kMoeCopiedRows * at.row_stride; }
+  float* sums(int thread) const { return scratch<float>(at.sums) + thread * kMoeTokens * kMoeSums; }
+
+  // `count` rows of a weight matrix as pointers to contiguous elements: in place, or copied into this thread's scratch.
+  void take_rows(const T* weight, i64 stride, i64 stride_c, i64 first, i64 step, i64 count, i64 C, T*& copy,
+                 const T** rows) const {
+    for (i64 i = 0; i < count; ++i) rows[i] = weight + (first + i * step) * stride;
+    if (stride_c == 1) return;
+    for (i64 c = 0; c < C; ++c)  // channels outside: where rows are what is contiguous, lines are read whole
+      for (i64 i = 0; i < count; ++i) copy[i * at.row_stride + c] = rows[i][c * stride_c];
+    for (i64 i = 0; i < count; ++i) rows[i] = copy + i * at.row_stride;
+    copy += count * at.row_stride;
+  }
+
+  f32v activate(f32v g) const {
+    switch (a.act) {
+      case Act::silu: return g * sigmoid(set1(a.alpha) * g);
+      case Act::gelu: return gelu(g);
+      case Act::gelu_tanh: return gelu_tanh(g);
+      case Act::relu: return max(set1(0), g);
+      default: g = max(set1(0), g); return g * g;
+    }
+  }
+
+  // h[i] for i < n from the first product's sums: n gate rows, then n up rows.
+  void gate(const float* sums, i64 n, T* h) const {
+    const auto value = [&](f32v g, f32v u) {
+      if (!a.gated) return activate(g);
+      u = max(set1(-a.limit), min(set1(a.limit), u));
+      return activate(min(set1(a.limit), g)) * (u + set1(a.offset));
+    };
+    for_lanes(
+        n, [&](i64 i) { store(h + i, value(load(sums + i), load(sums + n + i))); },
+        [&](i64 i, int rest) { store(h + i, value(load(sums + i, rest), load(sums + n + i, rest)), rest); });
+  }
+
+  void add_bias(const void* bias, i64 stride_e, i64 stride, i64 e, i64 first, i64 step, i64 count, float* to) const {
+    for (i64 i = 0; i < count; ++i) {
+      const T* value = static_cast<const T*>(bias) + e * stride_e + (first + i * step) * stride;
+      to[i] = bias ? to_f32(*value) : 0;
+    }
+  }
+
+  // Elements [i, i+n) of h, expert e, all its tokens.
+  void first_product(i64 e, i64 i, i64 n, int thread) const {
+    const i64 parts = a.gated ? 2 : 1, step = a.gated && a.interleaved ? 2 : 1;
+    const T* rows[2 * kMoeUpRows];
+    float bias[2 * kMoeUpRows];
+    T* copied = scratch<T>(at.rows) + thread * kMoeDownRows * at.row_stride;
+    for (i64 p = 0; p < parts; ++p) {
+      const i64 first = step == 2 ? 2 * i + p : p * a.I + i;
+      take_rows(static_cast<const T*>(a.up) + e * a.up_stride_e, a.up_stride_r, a.up_stride_h, first, step, n, a.H, copied,
+                rows + p * n);
+      add_bias(a.up_bias, a.up_bias_stride_e, a.up_bias_stride_r, e, first, step, n, bias + p * n);
+    }
+    const auto many = [&](i64 c0, i64 count, const i32*) {
+      product_many(rows, parts * n, token_blocks(e, c0, count, thread), at.x_block, count, a.H, bias, sums(thread), copy(thread));
+      T h[kMoeBlock * kMoeUpRows];
+      const T* made[kMoeBlock];
+      for (i64 c = 0; c < count; c += kMoeBlock) {
+        const i64 lanes = count - c < kMoeBlock ? count - c : kMoeBlock;
+        for (i64 l = 0; l < lanes; ++l) gate(sums(thread) + (c + l) * kMoeSums, n, h + l * n), made[l] = h + l * n;
+        pack_block(made, lanes, n, hidden_block(e, c0 + c) + block_words<T>(i));
+      }
+    };
+    const auto few = [&](i64 count, const i32* pair) {
+      const T* tokens[kMoeFewTokens];
+      for (i64 c = 0; c < count; ++c) tokens[c] = token(pair[c] / a.K);
+      product_few(rows, parts * n, tokens, count, a.H, bias, sums(thread), kMoeSums);
+      for (i64 c = 0; c < count; ++c) gate(sums(thread) + c * kMoeSums, n, hidden(pair[c]) + i);
+    };
+    each_chunk(e, many, few);
+  }
+
+  // many(c0, count, pairs) for an expert's blocks, some at a time, then few(count, pairs) for the tokens that are left.
+  template <class Many, class Few>
+  void each_chunk(i64 e, Many&& many, Few&& few) const {
+    const i32* pair = order() + start()[e];
+    const i64 all = tokens_of(e), in_blocks = blocked(e);
+    for (i64 c0 = 0; c0 < in_blocks; c0 += kMoeTokens)
+      many(c0, in_blocks - c0 < kMoeTokens ? in_blocks - c0 : kMoeTokens, pair + c0);
+    if (in_blocks < all) few(all - in_blocks, pair + in_blocks);
+  }
+
+  // Columns [o, o+n) of out: this thread's alone.
+  void second_product(i64 o, i64 n, int thread) const {
+    float* total = scratch<float>(at.total) + thread * a.T * at.down_rows;
+    std::memset(total, 0, a.T * n * sizeof(float));
+    const T* rows[kMoeDownRows];
+    float bias[kMoeDownRows];
+    for (i64 e = 0; e < a.E; ++e) {
+      if (!tokens_of(e)) continue;
+      T* copied = scratch<T>(at.rows) + thread * kMoeDownRows * at.row_stride;
+      take_rows(static_cast<const T*>(a.down) + e * a.down_stride_e, a.down_stride_o, a.down_stride_i, o, 1, n, a.I, copied,
+                rows);
+      add_bias(a.down_bias, a.down_bias_stride_e, a.down_bias_stride_o, e, o, 1, n, bias);
+      const auto add = [&](i64 count, const i32* pair) {
+        for (i64 c = 0; c < count; ++c) add_weighted(pair[c], sums(thread) + c * kMoeSums, n, total);
+      };
+      const auto many = [&](i64 c0, i64 count, const i32* pair) {
+        product_many(rows, n, hidden_block(e, c0), at.hidden_block, count, a.I, bias, sums(thread), copy(thread));
+        add(count, pair);
+      };
+      const auto few = [&](i64 count, const i32* pair) {
+        const T* made[kMoeFewTokens];
+        for (i64 c = 0; c < count; ++c) made[c] = hidden(pair[c]);
+        product_few(rows, n, made, count, a.I, bias, sums(thread), kMoeSums);
+        add(count, pair);
+      };
+      each_chunk(e, many, few);
+    }
+    for (i64 t = 0; t < a.T; ++t) {
+      T* to = static_cast<T*>(a.out) + t * a.O + o;
+      for_lanes(
+          n, [&](i64 i) { store(to + i, load(total + t * n + i)); },
+          [&](i64 i, int rest) { store(to + i, load(total + t * n + i, rest), rest); });
+    }
+  }
+
+  void add_weighted(i64 pair, const float* sums, i64 n, float* total) const {
+    const i64 t = pair / a.K, k = pair % a.K;
+    const f32v weight = set1(a.weight[t * a.weight_stride_t + k * a.weight_stride_k]);
+    float* to = total + t * n;
+    for_lanes(
+        n, [&](i64 i) { store(to + i, fma(weight, load(sums + i), load(to + i))); },
+        [&](i64 i, int rest) { store(to + i, fma(weight, load(sums + i, rest), load(to + i, rest)), rest); });
+  }
+
+  void run() const {
+    sort_pairs();
+    pack_tokens();
+    for (int thread = 0; thread < a.threads; ++thread) scratch<i64>(at.packed)[thread] = -1;
+    const i64 blocks = (a.I + kMoeUpRows - 1) / kMoeUpRows;
+    parallel_for(a.E * blocks, 1, a.threads, [&](i64 begin, i64 end, int thread) {
+      for (i64 task = begin; task < end; ++task) {
+        const i64 e = task / blocks, i = task % blocks * kMoeUpRows;
+        if (tokens_of(e)) first_product(e, i, a.I - i < kMoeUpRows ? a.I - i : kMoeUpRows, thread);
+      }
+    });
+    parallel_for((a.O + at.down_rows - 1) / at.down_rows, 1, a.threads, [&](i64 begin, i64 end, int thread) {
+      for (i64 task = begin; task < end; ++task) {
+        const i64 o = task * at.down_rows;
+        second_product(o, a.O - o < at.down_rows ? a.O - o : at.down_rows, thread);
+      }
+    });
+  }
+};
+
+}  // namespace
+
+void moe_ffn_cpu(const MoeFfnArgs& a) {
+#if defined(__AVX512BF16__)
+  const MoeFfnLayout at(a, a.dtype == Dtype::bf16);
+#else
+  const MoeFfnLayout at(a, false);
+#endif
+  EFFVLM_CHECK(at.bytes <= a.workspace_bytes, "moe_ffn: workspace of %lld bytes is too small",
+               static_cast<long long>(a.workspace_bytes));
+  by_float_dtype("moe_ffn", a.dtype, [&](auto type) { Experts<typename decltype(type)::type>{a, at}.run(); });
+}
+
+}  // namespace effvlm::EFFVLM_ISA

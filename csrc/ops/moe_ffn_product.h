@@ -1,0 +1,211 @@
+// Part of moe_ffn_cpu.cpp: dot products of weight rows with tokens, for few tokens and for many.
+//
+// Weights are read where they are, row-major, in both. Few tokens: rows stream by, each dot product is summed across the lanes
+// of its registers at the end. Many: tokens are packed in blocks of 16, one to a lane, and weights are broadcast, so that nothing
+// is summed across lanes and the packing, of the smaller operand, is paid once for all rows.
+#pragma once
+#include <type_traits>
+
+#include "core/cpu/dot.h"
+#include "core/cpu/transpose.h"
+#include "ops/moe_ffn.h"
+
+namespace effvlm::EFFVLM_ISA {
+namespace {
+
+constexpr int kLanes = kMoeBlock;
+
+#if defined(__AVX512F__)
+constexpr int kRows = 8, kTokens = 3;       // few tokens: 24 sums, 3 tokens, one row
+constexpr int kManyRows = 12, kBlocks = 2;  // many: 24 sums, 2 blocks, one weight
+#else
+constexpr int kRows = 4, kTokens = 2;
+constexpr int kManyRows = 48 / kLanes * f32v::width / 4, kBlocks = 1;  // 12 sums
+#endif
+
+static_assert(kManyRows <= kMoeCopiedRows && kMoeTokens % (kBlocks * kLanes) == 0);
+
+// Whether T's products are taken two at a time (a lane is then a pair of elements), or in f32.
+template <class T>
+constexpr bool kPairs = DotLanes<T>::width == 2 * f32v::width;
+
+// ---- few tokens ----
+
+// out[c·stride + r] = <rows[r], tokens[c]> + bias[r] for r < R rows and NR tokens.
+template <class T, int NR>
+inline void product_of(const T* const* rows, std::int64_t R, const T* const* tokens, std::int64_t C, const float* bias,
+                       float* out, std::int64_t stride) {
+  float sums[kRows * NR];
+  const T* row[kRows];
+  for (int i = 0; i < kRows; ++i) row[i] = rows[i < R ? i : R - 1];
+  dots<T, kRows, NR, 1>(row, tokens, C, sums);
+  for (int j = 0; j < NR; ++j)
+    for (int i = 0; i < kRows && i < R; ++i) out[j * stride + i] = sums[j * kRows + i] + bias[i];
+}
+
+template <class T>
+void product_few(const T* const* rows, std::int64_t R, const T* const* tokens, std::int64_t count, std::int64_t C,
+                 const float* bias, float* out, std::int64_t stride) {
+  for (std::int64_t r = 0; r < R; r += kRows) {
+    std::int64_t c = 0;
+    for (; c + kTokens <= count; c += kTokens)
+      product_of<T, kTokens>(rows + r, R - r, tokens + c, C, bias + r, out + c * stride + r, stride);
+    if (count - c == 2) product_of<T, 2>(rows + r, R - r, tokens + c, C, bias + r, out + c * stride + r, stride);
+    if (count - c == 1) product_of<T, 1>(rows + r, R - r, tokens + c, C, bias + r, out + c * stride + r, stride);
+  }
+}
+
+// ---- many tokens ----
+
+// Words of 32 bits that a block takes: per element of C (f32) or pair of elements, one for each lane.
+template <class T>
+constexpr std::int64_t block_words(std::int64_t C) {
+  return (kPairs<T> ? (C + 1) / 2 : C) * kLanes;
+}
+
+// A block: word d of token l at to[d·16 + l], zeros for the lanes past `count`.
+template <class T>
+void pack_block(const T* const* tokens, std::int64_t count, std::int64_t C, float* to) {
+  constexpr bool kWords = kPairs<T> || std::is_same_v<T, float>;   // words are read where they are
+  constexpr std::int64_t kStep = kPairs<T> ? 2 * kLanes : kLanes;  // elements that fill 16 words
+  alignas(64) float tile[kLanes * kLanes] = {};
+  for (std::int64_t c = 0; c < C; c += kStep, to += kLanes * kLanes) {
+    const std::int64_t n = C - c < kStep ? C - c : kStep, words = block_words<T>(n) / kLanes;
+    const float* row[kLanes];
+    for (int l = 0; l < kLanes; ++l) row[l] = tile + l * kLanes;
+    for (std::int64_t l = 0; l < count; ++l) {
+      float* copy = tile + l * kLanes;
+      if constexpr (!kWords) {
+        for_lanes(
+            n, [&](std::int64_t i) { store(copy + i, load(tokens[l] + c + i)); },
+            [&](std::int64_t i, int rest) { store(copy + i, load(tokens[l] + c + i, rest), rest); });
+      } else if (n == kStep) {
+        row[l] = reinterpret_cast<const float*>(tokens[l] + c);
+      } else {
+        if (n % 2) copy[n / 2] = 0;  // the other half of an odd last pair
+        std::memcpy(copy, tokens[l] + c, n * sizeof(T));
+      }
+    }
+    if (words == kLanes) {
+      transpose_16x16(row, to, kLanes);
+    } else {
+      for (std::int64_t d = 0; d < words; ++d)
+        for (int l = 0; l < kLanes; ++l) std::memcpy(to + d * kLanes + l, row[l] + d, sizeof(float));
+    }
+  }
+}
+
+// One weight (or pair) in all lanes, times a vector of tokens.
+template <class T>
+struct Broadcast {
+  static f32v take(const float* row, std::int64_t d) { return set1(row[d]); }
+  static f32v mac(f32v sum, f32v weight, f32v tokens) { return fma(weight, tokens, sum); }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Broadcast<bf16> {
+  static f32v take(const float* row, std::int64_t d) { return set1(row[d]); }  // the bits of two bf16
+  static f32v mac(f32v sum, f32v weight, f32v tokens) {
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)weight.v, (__m512bh)tokens.v)};
+  }
+};
+#endif
+
+// sums[i][b·16 + l] = bias[i] + Σ_d row_i[d]·block_b[d][l] over `words` words; rows and blocks as words. `next`, where not null,
+// are the rows that will be wanted next: memory fetches them while the units are busy with these.
+template <class T, int NB>
+inline void product_of_blocks(const float* const* rows, const float* const* next, const float* blocks, std::int64_t block_stride,
+                              std::int64_t words, const float* bias, float* sums) {
+  constexpr int V = kLanes / f32v::width;
+  f32v sum[kManyRows][NB * V];
+  for (int i = 0; i < kManyRows; ++i)
+    for (int v = 0; v < NB * V; ++v) sum[i][v] = set1(bias[i]);
+  const auto step = [&](std::int64_t d) {
+    f32v tokens[NB * V];
+    for (int v = 0; v < NB * V; ++v) tokens[v] = load(blocks + v / V * block_stride + d * kLanes + v % V * f32v::width);
+    for (int i = 0; i < kManyRows; ++i) {
+      const f32v weight = Broadcast<T>::take(rows[i], d);
+      for (int v = 0; v < NB * V; ++v) sum[i][v] = Broadcast<T>::mac(sum[i][v], weight, tokens[v]);
+    }
+  };
+  constexpr std::int64_t kLine = 16;  // words
+  std::int64_t d = 0;
+  for (; d + kLine <= words; d += kLine) {
+    for (int i = 0; next && i < kManyRows; ++i) __builtin_prefetch(next[i] + d, 0, 2);
+    for (int k = 0; k < kLine; ++k) step(d + k);
+  }
+  for (; d < words; ++d) step(d);
+  for (int i = 0; i < kManyRows; ++i)
+    for (int v = 0; v < NB * V; ++v) store(sums + i * NB * kLanes + v * f32v::width, sum[i][v]);
+}
+
+// Rows as words: in place where a word is an element or a pair; else as f32 in `copy`. An odd last element is paired with zero.
+template <class T>
+struct WordRows {
+  const float* row[kManyRows];
+  const T* whole[kManyRows];
+
+  WordRows(const T* const* rows, std::int64_t R, std::int64_t C, float* copy) {
+    for (int i = 0; i < kManyRows; ++i) {
+      whole[i] = rows[i < R ? i : R - 1];
+      if constexpr (kPairs<T> || std::is_same_v<T, float>) {
+        row[i] = reinterpret_cast<const float*>(whole[i]);
+        if (C % 2 == 0 || !kPairs<T>) continue;
+        std::memset(copy + (i + 1) * ((C + 1) / 2) - 1, 0, sizeof(float));
+        std::memcpy(copy + i * ((C + 1) / 2), whole[i], C * sizeof(T));
+        row[i] = copy + i * ((C + 1) / 2);
+      } else {
+        for_lanes(
+            C, [&](std::int64_t c) { store(copy + i * C + c, load(whole[i] + c)); },
+            [&](std::int64_t c, int n) { store(copy + i * C + c, load(whole[i] + c, n), n); });
+        row[i] = copy + i * C;
+      }
+    }
+  }
+};
+
+// out[c·kMoeSums + r] = sums[r·width + c] for kManyRows rows and `width` tokens. May write what is to come, up to r + 16.
+inline void turn(const float* sums, std::int64_t width, std::int64_t left, float* out) {
+  if constexpr (f32v::width == kLanes) {
+    for (std::int64_t c = 0; c < width; c += kLanes) {
+      const float* row[kLanes];
+      for (int i = 0; i < kLanes; ++i) row[i] = sums + i * width + c;
+      transpose_16x16(row, out + c * kMoeSums, kMoeSums);
+    }
+  } else {
+    for (std::int64_t c = 0; c < width; ++c)
+      for (std::int64_t i = 0; i < left; ++i) out[c * kMoeSums + i] = sums[i * width + c];
+  }
+}
+
+// out[c·kMoeSums + r] for `count` tokens in packed blocks. copy: room for kManyRows rows as words.
+template <class T>
+void product_many(const T* const* rows, std::int64_t R, const float* blocks, std::int64_t block_stride, std::int64_t count,
+                  std::int64_t C, const float* bias, float* out, float* copy) {
+  constexpr std::int64_t kPass = kBlocks * kLanes;
+  const std::int64_t words = block_words<T>(C) / kLanes;
+  alignas(64) float sums[16 * kPass] = {};
+  for (std::int64_t r = 0; r < R; r += kManyRows) {
+    const WordRows<T> word(rows + r, R - r, C, copy);
+    float some_bias[kManyRows];
+    const float* later[kManyRows];
+    for (int i = 0; i < kManyRows; ++i) {
+      some_bias[i] = bias[r + i < R ? r + i : R - 1];
+      later[i] = reinterpret_cast<const float*>(rows[r + kManyRows + i < R ? r + kManyRows + i : R - 1]);
+    }
+    for (std::int64_t c = 0; c < count; c += kPass) {
+      const float* block = blocks + c / kLanes * block_stride;
+      const bool full = count - c > kPass - kLanes;
+      const float* const* next = c == 0 && r + kManyRows < R ? later : nullptr;
+      if (full) {
+        product_of_blocks<T, kBlocks>(word.row, next, block, block_stride, words, some_bias, sums);
+      } else {
+        product_of_blocks<T, 1>(word.row, next, block, block_stride, words, some_bias, sums);
+      }
+      turn(sums, full ? kPass : kLanes, R - r < kManyRows ? R - r : kManyRows, out + c * kMoeSums + r);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace effvlm::EFFVLM_ISA

@@ -1,0 +1,225 @@
+"""``effvlm.enable``: routed experts of a Hugging Face model through :func:`effvlm.moe_ffn`, by transformers' own registry.
+
+transformers asks ``config._experts_implementation`` on every call for the function that computes a module's experts; we register
+one under ``"effvlm"`` and select it. Weights are read where they are: nothing is packed, copied or replaced.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from effvlm._library import FLOATS, say_once
+from effvlm.ops.moe_ffn import ACTS, gate, moe_ffn
+
+KEY = "effvlm"
+MANY_ON_CUDA = 64  # tokens from which on torch's grouped GEMM is what a GPU should run: our CUDA kernel is made for decoding
+_UNDECORATED = ("Experts", "MoE", "MoeBlock", "SparseMLP", "SparseMoeBlock", "TextMoe", "MoELayer", "MoeLayer")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The keywords of :func:`effvlm.moe_ffn` that say what happens between the two products."""
+
+    act: str
+    gated: bool
+    interleaved: bool = False
+    alpha: float = 1.0
+    limit: float = math.inf
+    offset: float = 0.0
+
+
+@dataclass
+class EnableReport:
+    """What :func:`enable` did.
+
+    Attributes:
+        modules: name of each module that now runs our kernel → the kernel and its gate.
+        fallbacks: name of each module that computes experts and does not → why.
+    """
+
+    modules: dict[str, str] = field(default_factory=dict)
+    fallbacks: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if not self.modules and not self.fallbacks:
+            return "effvlm.enable: this model has no routed experts; nothing to do"
+        lines = [f"effvlm.enable: {len(self.modules)} modules of experts run effvlm kernels, {len(self.fallbacks)} do not"]
+        for sign, found in (("+", self.modules), ("-", self.fallbacks)):
+            for what in dict.fromkeys(found.values()):
+                names = [name for name, text in found.items() if text == what]
+                lines.append(f"  {sign} {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {what}")
+        return "\n".join(lines)
+
+
+_gates: WeakKeyDictionary[torch.nn.Module, Gate | None] = WeakKeyDictionary()
+_before: WeakKeyDictionary[torch.nn.Module, tuple[list[tuple[Any, Any]], EnableReport]] = WeakKeyDictionary()
+
+
+def _is_experts(module: torch.nn.Module) -> bool:
+    """Whether a module's class carries transformers' ``use_experts_implementation``."""
+    return all(hasattr(module, name) for name in ("_is_expert_parallel", "is_transposed", "has_gate", "_apply_gate"))
+
+
+def _weights(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(E, R, H) and (E, O, I) as views, however the module stores them."""
+    up = module.gate_up_proj if module.has_gate else module.up_proj
+    return (up.mT, module.down_proj.mT) if module.is_transposed else (up, module.down_proj)
+
+
+def _biases(module: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if not module.has_bias:
+        return None, None
+    return (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias), module.down_proj_bias
+
+
+def _candidates(module: Any) -> list[Gate]:
+    def known(*names: str) -> list[float]:
+        values = [getattr(module, name, None) for name in names]
+        return [float(v) for v in values if isinstance(v, (int, float)) and v > 0]
+
+    if not module.has_gate:
+        return [Gate(act, gated=False) for act in ACTS]
+    limits = [math.inf, *known("limit", "swiglu_limit")]
+    alphas = [1.0, 1.702, *known("alpha", "swiglu_alpha")]
+    choices = itertools.product(ACTS, (False, True), alphas, limits, (0.0, 1.0))
+    return [Gate(act, True, *rest) for act, *rest in choices]  # type: ignore[arg-type]
+
+
+def find_gate(module: Any) -> Gate | None:
+    """The gate that computes what the module's own does on a probe, or None: found by comparing, so that no family is assumed."""
+    rows = torch.randn(64, 2 * 24 if module.has_gate else 24, generator=torch.Generator().manual_seed(0)) * 4
+    rows[:4] *= 10  # into every clamp
+    try:
+        with torch.no_grad():
+            wanted = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+    except Exception:  # somebody else's code, on an input of ours: whatever it raises, we do not know its gate
+        return None
+    for candidate in _candidates(module):
+        got = gate(rows, **vars(candidate))
+        if got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-4, atol=1e-5):
+            return candidate
+    return None
+
+
+def gate_of(module: torch.nn.Module) -> Gate | None:
+    """:func:`find_gate`, once per module."""
+    if module not in _gates:
+        _gates[module] = find_gate(module)
+    return _gates[module]
+
+
+def why_not(module: Any) -> str:
+    """Why a module's experts cannot run on our kernel; empty when they can."""
+    if module.has_post_expert_norm:
+        return "a norm after each expert is not fused yet; transformers' grouped_mm runs"
+    for weight in _weights(module):
+        if weight.dtype not in FLOATS or type(weight) not in (torch.Tensor, torch.nn.Parameter):
+            return (
+                f"weights are {str(weight.dtype).removeprefix('torch.')} {type(weight).__name__}; transformers' grouped_mm runs"
+            )
+        if weight.device.type not in ("cpu", "cuda"):
+            return f"weights are on {weight.device} (offloaded?); transformers' grouped_mm runs"
+    if gate_of(module) is None:
+        return "its gate is none that is fused; transformers' grouped_mm runs"
+    return ""
+
+
+def experts_forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
+    """What transformers calls: (T, H) states, (T, K) int64 experts and their weights → (T, H)."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    up, down = _weights(module)
+    tensors = (hidden_states, top_k_weights, up, down)
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    crowd = hidden_states.is_cuda and len(hidden_states) > MANY_ON_CUDA
+    reason = why_not(module)
+    if reason or trained or crowd:
+        if reason or trained:
+            say_once(f"experts: {reason}", f"effvlm: {reason or 'training runs transformers grouped_mm, which has a backward'}")
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_states, top_k_index, top_k_weights)
+    found = gate_of(module)
+    assert found is not None
+    x = hidden_states.to(up.dtype)
+    bias = (
+        (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias, module.down_proj_bias) if module.has_bias else ()
+    )
+    biases = dict(zip(("up_bias", "down_bias"), bias, strict=False))
+    out = moe_ffn(x, top_k_index, top_k_weights.float(), up, down, **biases, **vars(found))
+    return out.to(hidden_states.dtype)
+
+
+def enable(model: Any, free_original: bool = False) -> EnableReport:
+    """Run a model's routed experts on effvlm's kernels: same outputs, within rounding. Undone by :func:`disable`.
+
+    ::
+
+        report = effvlm.enable(model)
+        print(report)          # what runs now, what does not, and why
+
+    Works with ``generate()``, batches, ``torch.compile`` and saving; training and what our kernels do not take run
+    transformers' own ``grouped_mm``, which is said once. Other models are not affected, unless they share their config.
+
+    Args:
+        model: a Hugging Face model.
+        free_original: for kernels that keep a packed copy of the weights: drop the original. None does so far (weights are
+            read in place), so both values do the same.
+
+    Returns:
+        The report. Calling it again returns the same one.
+
+    Raises:
+        TypeError: not a Hugging Face model.
+    """
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "set_experts_implementation"):
+        raise TypeError(f"enable: expected a Hugging Face model, got {type(model).__name__}")
+    if model in _before:
+        return _before[model][1]
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(KEY, experts_forward)
+    report, changed = EnableReport(), []
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if not _is_experts(module):
+            if type(module).__name__.endswith(_UNDECORATED) and not any(map(_is_experts, module.modules())):
+                report.fallbacks[name] = (
+                    f"{type(module).__name__} computes its experts itself, not through transformers' registry"
+                )
+            continue
+        reason = why_not(module)
+        if reason:
+            report.fallbacks[name] = reason
+        else:
+            report.modules[name] = f"moe_ffn, {_in_words(gate_of(module))}"
+        if id(module.config) not in seen:
+            seen.add(id(module.config))
+            changed.append((module.config, module.config._experts_implementation))
+    for config, _ in changed:
+        config._experts_implementation_internal = KEY  # what set_experts_implementation sets, at any depth of sub-configs
+    _before[model] = (changed, report)
+    return report
+
+
+def _in_words(found: Gate | None) -> str:
+    assert found is not None
+    words = [found.act + ("" if found.alpha == 1 else f" (alpha {found.alpha:g})"), "gated" if found.gated else "not gated"]
+    words += ["interleaved"] * found.interleaved + [f"clamped at {found.limit:g}"] * (found.limit < math.inf)
+    return ", ".join(words)
+
+
+def disable(model: Any) -> None:
+    """Undo :func:`enable`: every config selects what it selected before.
+
+    Raises:
+        RuntimeError: the model is not enabled.
+    """
+    if model not in _before:
+        raise RuntimeError("disable: expected a model that effvlm.enable was called on")
+    for config, implementation in _before.pop(model)[0]:
+        config._experts_implementation_internal = implementation

@@ -1,0 +1,224 @@
+"""effvlm.enable: every family of routed experts computes what it did, on our kernels, and is restored exactly."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from moe_families import EXPERTS, expert_classes, families, tiny
+
+import effvlm
+from effvlm import _library, demo
+from effvlm.hf import experts
+
+UNFUSED = {"Inkling2Experts", "MuseSparkExperts"}  # a gate of two arguments; a norm after each expert
+
+
+def run(module: Any, implementation: str, *args: torch.Tensor) -> torch.Tensor:
+    module.config._experts_implementation_internal = implementation
+    with torch.no_grad():
+        return module(*args)
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    monkeypatch.setattr(_library, "_said", set())  # what was said once is said again
+
+    ALL_EXPERTS_FUNCTIONS.register(experts.KEY, experts.experts_forward)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each call of our kernel had."""
+    made: list[int] = []
+    kernel = experts.moe_ffn
+
+    def counted(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        made.append(len(x))
+        return kernel(x, *args, **kwargs)
+
+    monkeypatch.setattr(experts, "moe_ffn", counted)
+    return made
+
+
+@pytest.mark.filterwarnings("ignore:effvlm. ")
+@pytest.mark.parametrize("family", families())
+def test_every_family_computes_what_it_did(family: str, calls: list[int]) -> None:
+    for cls in expert_classes(family):
+        module = tiny(cls)
+        width = experts._weights(module)[0].shape[2]
+        generator = torch.Generator().manual_seed(1)
+        for tokens in (1, 3, 40, 0):
+            x = torch.randn(tokens, width, generator=generator)
+            ids = torch.rand(tokens, EXPERTS, generator=generator).topk(2).indices
+            weights = torch.rand(tokens, 2, generator=generator)
+            eager = run(module, "eager", x, ids, weights) if tokens else torch.zeros(0, width)
+            calls.clear()
+            got = run(module, experts.KEY, x, ids, weights)
+            assert calls == ([] if cls.__name__ in UNFUSED else [tokens]), experts.why_not(module)
+            torch.testing.assert_close(got, eager, rtol=2e-5, atol=2e-5)
+
+
+def test_the_list_of_families_is_not_empty() -> None:
+    assert len(families()) >= 40
+    assert all(expert_classes(family) for family in families())
+
+
+def test_a_gate_nobody_knows_is_delegated_and_right() -> None:
+    (cls,) = expert_classes("mixtral.modeling_mixtral")
+    module = tiny(cls)
+    module._apply_gate = lambda rows: rows.chunk(2, dim=-1)[0].sin() * rows.chunk(2, dim=-1)[1]
+    x, ids, weights = torch.randn(5, 32), torch.randint(EXPERTS, (5, 2)), torch.rand(5, 2)
+    assert "gate is none that is fused" in experts.why_not(module)
+    with pytest.warns(UserWarning, match="gate is none"):
+        got = run(module, experts.KEY, x, ids, weights)
+    torch.testing.assert_close(got, run(module, "grouped_mm", x, ids, weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_doubled_expert_changes_the_output(dtype: torch.dtype) -> None:
+    """The comparison above can fail: our kernel reads the module's own parameters, as they are now."""
+    (cls,) = expert_classes("qwen3_moe.modeling_qwen3_moe")
+    module = tiny(cls).to(dtype)
+    x, ids, weights = torch.randn(6, 32).to(dtype), torch.randint(EXPERTS, (6, 2)), torch.rand(6, 2)
+    before = run(module, experts.KEY, x, ids, weights)
+    with torch.no_grad():
+        module.down_proj.mul_(2)
+    torch.testing.assert_close(run(module, experts.KEY, x, ids, weights), 2 * before)
+
+
+def test_sentinels_of_expert_parallelism_are_skipped() -> None:
+    (cls,) = expert_classes("mixtral.modeling_mixtral")
+    module = tiny(cls)
+    x, weights = torch.randn(4, 32), torch.rand(4, 2)
+    ids = torch.tensor([[0, EXPERTS], [EXPERTS, EXPERTS], [1, 2], [EXPERTS, 3]])
+    module._is_expert_parallel = True
+    torch.testing.assert_close(
+        run(module, experts.KEY, x, ids, weights), run(module, "grouped_mm", x, ids, weights), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.filterwarnings("ignore:effvlm. training")
+def test_training_has_a_backward(calls: list[int]) -> None:
+    (cls,) = expert_classes("qwen3_moe.modeling_qwen3_moe")
+    module = tiny(cls)
+    module.config._experts_implementation_internal = experts.KEY
+    module(torch.randn(5, 32), torch.randint(EXPERTS, (5, 2)), torch.rand(5, 2)).sum().backward()
+    assert not calls
+    assert module.down_proj.grad.abs().sum() > 0
+
+
+def test_compiled_without_graph_breaks() -> None:
+    (cls,) = expert_classes("gpt_oss.modeling_gpt_oss")
+    module = tiny(cls)
+    x, ids, weights = torch.randn(9, 32), torch.randint(EXPERTS, (9, 2)), torch.rand(9, 2)
+    plain = run(module, experts.KEY, x, ids, weights)
+    assert torch.equal(run(torch.compile(module, fullgraph=True), experts.KEY, x, ids, weights), plain)
+
+
+# ---- whole models ----
+
+
+@pytest.fixture
+def vlm() -> Any:
+    return demo.load()
+
+
+def test_the_demo_model_generates_the_same_on_our_kernels(vlm: tuple[Any, Any], calls: list[int]) -> None:
+    model, processor = vlm
+    some = demo.samples(16)
+    arguments = [s.image for s in some], [s.question for s in some]
+    plain = demo.answer(model, processor, *arguments)
+    report = effvlm.enable(model)
+    assert len(report.modules) == 6
+    assert not report.fallbacks
+    assert "6 modules of experts run effvlm kernels, 0 do not" in str(report)
+    assert demo.answer(model, processor, *arguments) == plain
+    assert len(calls) % 6 == 0
+    assert max(calls) > 16 * 144
+    assert min(calls) == 16  # decoding stays on it
+    assert effvlm.enable(model) is report
+    effvlm.disable(model)
+    calls.clear()
+    assert demo.answer(model, processor, *arguments) == plain
+    assert not calls
+    with pytest.raises(RuntimeError, match=r"expected a model that effvlm\.enable was called on"):
+        effvlm.disable(model)
+
+
+def test_another_model_of_the_family_is_left_alone(vlm: tuple[Any, Any], calls: list[int]) -> None:
+    other, processor = demo.load()
+    effvlm.enable(vlm[0])
+    demo.answer(other, processor, [demo.samples(1)[0].image], ["where is the ring ?"])
+    assert not calls
+
+
+def test_logits_are_close_and_saving_forgets(vlm: tuple[Any, Any], tmp_path: Any) -> None:
+    model, processor = vlm
+    sample = demo.samples(1)[0]
+    inputs = processor(images=[sample.image], text=[demo.prompt(sample.question)], return_tensors="pt")
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        effvlm.enable(model)
+        torch.testing.assert_close(model(**inputs).logits, plain, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert "effvlm" not in (tmp_path / "config.json").read_text()
+
+
+def test_enabled_and_reduced(vlm: tuple[Any, Any]) -> None:
+    model, processor = vlm
+    with effvlm.reduce(model, effvlm.tokens.ToMe(keep=0.5)):
+        plain = demo.evaluate(model, 40, processor=processor)["right"]
+    effvlm.enable(model)
+    with effvlm.reduce(model, effvlm.tokens.ToMe(keep=0.5)):
+        assert demo.evaluate(model, 40, processor=processor)["right"] == plain
+
+
+def test_the_model_can_be_freed() -> None:
+    model, _ = demo.load()
+    effvlm.enable(model)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def test_copies_and_models_without_experts() -> None:
+    model, _ = demo.load()
+    effvlm.enable(model)
+    with pytest.raises(RuntimeError):
+        effvlm.disable(copy.deepcopy(model))
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    small = SiglipVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16)
+    report = effvlm.enable(SiglipVisionModel(small))
+    assert "no routed experts" in str(report)
+    with pytest.raises(TypeError, match="expected a Hugging Face model, got Linear"):
+        effvlm.enable(torch.nn.Linear(2, 2))
+
+
+def test_families_outside_the_registry_are_named() -> None:
+    from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+    config = SwitchTransformersConfig(
+        d_model=16,
+        d_kv=4,
+        d_ff=16,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=2,
+        num_experts=2,
+        vocab_size=32,
+        num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1,
+    )
+    report = effvlm.enable(SwitchTransformersForConditionalGeneration(config))
+    assert not report.modules
+    assert report.fallbacks
+    assert "not through transformers' registry" in str(report)
