@@ -13,12 +13,7 @@ from tolerance import assert_close
 from effvlm import _library
 
 OPS = [s for s in specs() if s.run is None]
-CASES = [
-    pytest.param(s, c, id=f"{s.op}-{c}")
-    for s in OPS
-    for c in s.cases
-    if not c.bench or (s.flops(c) < 1e9 and s.bytes(c, torch.float32) < 1e8)
-]
+CASES = [pytest.param(s, c, id=f"{s.op}-{c}") for s in OPS for c in s.tested()]
 FIRST = [pytest.param(s, id=s.op) for s in OPS]
 
 

@@ -13,7 +13,7 @@ from moe_families import EXPERTS, expert_classes, families, tiny
 
 import effvlm
 from effvlm import _library, demo
-from effvlm.hf import experts
+from effvlm.hf import experts, own_experts
 
 UNFUSED = {"Inkling2Experts", "MuseSparkExperts"}  # a gate of two arguments; a norm after each expert
 
@@ -120,6 +120,99 @@ def test_compiled_without_graph_breaks() -> None:
     x, ids, weights = torch.randn(9, 32), torch.randint(EXPERTS, (9, 2)), torch.rand(9, 2)
     plain = run(module, experts.KEY, x, ids, weights)
     assert torch.equal(run(torch.compile(module, fullgraph=True), experts.KEY, x, ids, weights), plain)
+
+
+# ---- families that compute their experts themselves ----
+
+
+def _own(family: str, name: str, config: str, **sizes: Any) -> Any:
+    import importlib
+
+    package = importlib.import_module(f"transformers.models.{family}")
+    made = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name)(
+        getattr(package, config)(**sizes)
+    )
+    generator = torch.Generator().manual_seed(0)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return made.eval()
+
+
+OWN = {
+    "Llama4TextMoe": lambda: _own(
+        "llama4", "Llama4TextMoe", "Llama4TextConfig", hidden_size=32, intermediate_size=24, intermediate_size_mlp=24,
+        num_local_experts=4, num_experts_per_tok=2,
+    ),
+    "JetMoeMoE": lambda: _own(
+        "jetmoe", "JetMoeMoE", "JetMoeConfig", hidden_size=32, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "LongcatFlashExperts": lambda: _own(
+        "longcat_flash", "LongcatFlashExperts", "LongcatFlashConfig", hidden_size=32, expert_ffn_hidden_size=24,
+        n_routed_experts=4, zero_expert_num=2,
+    ),
+    "Step3p7Experts": lambda: _own(
+        "step3p7", "Step3p7Experts", "Step3p7TextConfig", hidden_size=32, moe_intermediate_size=24, num_local_experts=4
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_own_forwards_compute_what_they_did(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = OWN[name]()
+    assert type(module).__name__ == name
+    made: list[int] = []
+    kernel = own_experts.moe_ffn
+    monkeypatch.setattr(own_experts, "moe_ffn", lambda *a, **k: made.append(1) or kernel(*a, **k))
+    x = torch.randn(2, 7, 32)
+    args: tuple[torch.Tensor, ...] = (x,)
+    if name.endswith("Experts"):
+        args = (
+            x.flatten(0, 1),
+            torch.stack([torch.randperm(6 if "Longcat" in name else 4)[:2] for _ in range(14)]),
+            torch.rand(14, 2),
+        )
+    report, undo = experts.EnableReport(), []
+    with torch.no_grad():
+        wanted = module(*args)
+        experts._replace("it", module, report, undo)
+        assert report.modules == {"it": f"moe_ffn in place of {name}.forward"}
+        got = module(*args)
+        assert len(made) == 1
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
+    assert module(*(a.requires_grad_(a.is_floating_point()) for a in args)) is not None
+    assert len(made) == 1  # with grad, the class's own forward
+    undo[0]()
+    assert "forward" not in vars(module)
+
+
+def test_a_clamp_after_the_activation_is_not_taken_for_one_before() -> None:
+    module = OWN["Step3p7Experts"]()
+    module.limit = 0.5
+    report = experts.EnableReport()
+    experts._replace("it", module, report, [])
+    assert "gate is none that is fused" in report.fallbacks["it"]
+    assert "forward" not in vars(module)
+
+
+def test_llama4_generates_the_same() -> None:
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        hidden_size=32, intermediate_size=24, intermediate_size_mlp=24, num_local_experts=4, num_hidden_layers=2, vocab_size=50,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        interleave_moe_layer_step=1, attn_scale=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Llama4ForCausalLM(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    ids = torch.randint(3, 50, (2, 9))
+    plain = model.generate(ids, max_new_tokens=8, do_sample=False)
+    report = effvlm.enable(model)
+    assert len(report.modules) == 2
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), plain)
+    effvlm.disable(model)
+    assert not any("forward" in vars(m) for m in model.modules())
 
 
 # ---- whole models ----

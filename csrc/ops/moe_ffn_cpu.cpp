@@ -98,15 +98,11 @@ struct Experts {
   float* copy(int thread) const { return scratch<float>(at.copy) + thread * kMoeCopiedRows * at.row_stride; }
   float* sums(int thread) const { return scratch<float>(at.sums) + thread * kMoeTokens * kMoeSums; }
 
-  // `count` rows of a weight matrix as pointers to contiguous elements: in place, or copied into this thread's scratch.
-  void take_rows(const T* weight, i64 stride, i64 stride_c, i64 first, i64 step, i64 count, i64 C, T*& copy,
-                 const T** rows) const {
-    for (i64 i = 0; i < count; ++i) rows[i] = weight + (first + i * step) * stride;
-    if (stride_c == 1) return;
-    for (i64 c = 0; c < C; ++c)  // channels outside: where rows are what is contiguous, lines are read whole
-      for (i64 i = 0; i < count; ++i) copy[i * at.row_stride + c] = rows[i][c * stride_c];
-    for (i64 i = 0; i < count; ++i) rows[i] = copy + i * at.row_stride;
-    copy += count * at.row_stride;
+  // Rows [first, first + count) of a weight matrix as pointers to contiguous elements: in place, or copied to `copy`.
+  void take_rows(const T* weight, i64 stride, i64 stride_c, i64 first, i64 count, i64 C, T* copy, const T** rows) const {
+    const bool in_place = stride_c == 1;
+    if (!in_place) copy_rows(weight + first * stride, stride, stride_c, count, C, copy, at.row_stride);
+    for (i64 i = 0; i < count; ++i) rows[i] = in_place ? weight + (first + i) * stride : copy + i * at.row_stride;
   }
 
   f32v activate(f32v g) const {
@@ -131,24 +127,28 @@ struct Experts {
         [&](i64 i, int rest) { store(h + i, value(load(sums + i, rest), load(sums + n + i, rest)), rest); });
   }
 
-  void add_bias(const void* bias, i64 stride_e, i64 stride, i64 e, i64 first, i64 step, i64 count, float* to) const {
+  void add_bias(const void* bias, i64 stride_e, i64 stride, i64 e, i64 first, i64 count, float* to) const {
     for (i64 i = 0; i < count; ++i) {
-      const T* value = static_cast<const T*>(bias) + e * stride_e + (first + i * step) * stride;
+      const T* value = static_cast<const T*>(bias) + e * stride_e + (first + i) * stride;
       to[i] = bias ? to_f32(*value) : 0;
     }
   }
 
   // Elements [i, i+n) of h, expert e, all its tokens.
   void first_product(i64 e, i64 i, i64 n, int thread) const {
-    const i64 parts = a.gated ? 2 : 1, step = a.gated && a.interleaved ? 2 : 1;
-    const T* rows[2 * kMoeUpRows];
-    float bias[2 * kMoeUpRows];
+    const i64 parts = a.gated ? 2 : 1, together = a.gated && a.interleaved ? 2 : 1;  // rows that are next to each other
+    const T *rows[2 * kMoeUpRows], *taken[2 * kMoeUpRows];
+    float bias[2 * kMoeUpRows], some_bias[2 * kMoeUpRows];
     T* copied = scratch<T>(at.rows) + thread * kMoeDownRows * at.row_stride;
-    for (i64 p = 0; p < parts; ++p) {
-      const i64 first = step == 2 ? 2 * i + p : p * a.I + i;
-      take_rows(static_cast<const T*>(a.up) + e * a.up_stride_e, a.up_stride_r, a.up_stride_h, first, step, n, a.H, copied,
-                rows + p * n);
-      add_bias(a.up_bias, a.up_bias_stride_e, a.up_bias_stride_r, e, first, step, n, bias + p * n);
+    for (i64 p = 0; p < parts; p += together) {
+      const i64 first = p * a.I + i * together, count = n * together;
+      take_rows(static_cast<const T*>(a.up) + e * a.up_stride_e, a.up_stride_r, a.up_stride_h, first, count, a.H,
+                copied + p * n * at.row_stride, taken);
+      add_bias(a.up_bias, a.up_bias_stride_e, a.up_bias_stride_r, e, first, count, some_bias);
+      for (i64 k = 0; k < count; ++k) {  // all gates, then all ups
+        const i64 to = (p + k % together) * n + k / together;
+        rows[to] = taken[k], bias[to] = some_bias[k];
+      }
     }
     const auto many = [&](i64 c0, i64 count, const i32*) {
       product_many(rows, parts * n, token_blocks(e, c0, count, thread), at.x_block, count, a.H, bias, sums(thread), copy(thread));
@@ -188,9 +188,8 @@ struct Experts {
     for (i64 e = 0; e < a.E; ++e) {
       if (!tokens_of(e)) continue;
       T* copied = scratch<T>(at.rows) + thread * kMoeDownRows * at.row_stride;
-      take_rows(static_cast<const T*>(a.down) + e * a.down_stride_e, a.down_stride_o, a.down_stride_i, o, 1, n, a.I, copied,
-                rows);
-      add_bias(a.down_bias, a.down_bias_stride_e, a.down_bias_stride_o, e, o, 1, n, bias);
+      take_rows(static_cast<const T*>(a.down) + e * a.down_stride_e, a.down_stride_o, a.down_stride_i, o, n, a.I, copied, rows);
+      add_bias(a.down_bias, a.down_bias_stride_e, a.down_bias_stride_o, e, o, n, bias);
       const auto add = [&](i64 count, const i32* pair) {
         for (i64 c = 0; c < count; ++c) add_weighted(pair[c], sums(thread) + c * kMoeSums, n, total);
       };

@@ -29,6 +29,37 @@ static_assert(kManyRows <= kMoeCopiedRows && kMoeTokens % (kBlocks * kLanes) == 
 template <class T>
 constexpr bool kPairs = DotLanes<T>::width == 2 * f32v::width;
 
+// ---- rows that are not contiguous ----
+
+// to[i·to_stride + c] = from[i·stride + c·stride_c] for i < R, c < C. Where it is the rows that are next to each other in memory
+// (weights stored transposed), 16 rows at a time as 32-bit words: two channels of 16 bits, or one of 32.
+template <class T>
+void copy_rows(const T* from, std::int64_t stride, std::int64_t stride_c, std::int64_t R, std::int64_t C, T* to,
+               std::int64_t to_stride) {
+  constexpr std::int64_t kPer = 4 / sizeof(T), kStep = 16 * kPer;  // channels of a word, and of 16 words
+  const std::int64_t whole_r = stride == 1 ? R / 16 * 16 : 0, whole_c = C / kStep * kStep;
+  for (std::int64_t c = 0; c < whole_c; c += kStep)
+    for (std::int64_t r = 0; r < whole_r; r += 16) {
+      alignas(64) std::uint32_t word[16][16];
+      const float* row[16];
+      for (int d = 0; d < 16; ++d) {
+        const T* first = from + r + (c + d * kPer) * stride_c;
+        if (c + 2 * kStep <= C)
+          for (int k = 0; k < kPer; ++k) __builtin_prefetch(first + (kStep + k) * stride_c);
+        if constexpr (kPer == 1) {
+          row[d] = first;
+        } else {
+          const T* second = first + stride_c;
+          for (int l = 0; l < 16; ++l) word[d][l] = first[l].bits | static_cast<std::uint32_t>(second[l].bits) << 16;
+          row[d] = reinterpret_cast<const float*>(word[d]);
+        }
+      }
+      transpose_16x16(row, reinterpret_cast<float*>(to + r * to_stride + c), to_stride / kPer);
+    }
+  for (std::int64_t c = 0; c < C; ++c)
+    for (std::int64_t r = c < whole_c ? whole_r : 0; r < R; ++r) to[r * to_stride + c] = from[r * stride + c * stride_c];
+}
+
 // ---- few tokens ----
 
 // out[c·stride + r] = <rows[r], tokens[c]> + bias[r] for r < R rows and NR tokens.

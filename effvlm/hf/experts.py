@@ -6,32 +6,22 @@ one under ``"effvlm"`` and select it. Weights are read where they are: nothing i
 
 from __future__ import annotations
 
-import itertools
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
 from effvlm._library import FLOATS, say_once
-from effvlm.ops.moe_ffn import ACTS, gate, moe_ffn
+from effvlm.hf import own_experts
+from effvlm.hf.gates import Gate, match_gate
+from effvlm.ops.moe_ffn import moe_ffn
 
 KEY = "effvlm"
 MANY_ON_CUDA = 64  # tokens from which on torch's grouped GEMM is what a GPU should run: our CUDA kernel is made for decoding
 _UNDECORATED = ("Experts", "MoE", "MoeBlock", "SparseMLP", "SparseMoeBlock", "TextMoe", "MoELayer", "MoeLayer")
-
-
-@dataclass(frozen=True)
-class Gate:
-    """The keywords of :func:`effvlm.moe_ffn` that say what happens between the two products."""
-
-    act: str
-    gated: bool
-    interleaved: bool = False
-    alpha: float = 1.0
-    limit: float = math.inf
-    offset: float = 0.0
 
 
 @dataclass
@@ -58,7 +48,7 @@ class EnableReport:
 
 
 _gates: WeakKeyDictionary[torch.nn.Module, Gate | None] = WeakKeyDictionary()
-_before: WeakKeyDictionary[torch.nn.Module, tuple[list[tuple[Any, Any]], EnableReport]] = WeakKeyDictionary()
+_before: WeakKeyDictionary[torch.nn.Module, tuple[list[Callable[[], None]], EnableReport]] = WeakKeyDictionary()
 
 
 def _is_experts(module: torch.nn.Module) -> bool:
@@ -78,33 +68,15 @@ def _biases(module: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias), module.down_proj_bias
 
 
-def _candidates(module: Any) -> list[Gate]:
+def find_gate(module: Any) -> Gate | None:
+    """The module's gate, if it is one that is fused; its attributes are hints of clamps and the like."""
+
     def known(*names: str) -> list[float]:
         values = [getattr(module, name, None) for name in names]
         return [float(v) for v in values if isinstance(v, (int, float)) and v > 0]
 
-    if not module.has_gate:
-        return [Gate(act, gated=False) for act in ACTS]
-    limits = [math.inf, *known("limit", "swiglu_limit")]
-    alphas = [1.0, 1.702, *known("alpha", "swiglu_alpha")]
-    choices = itertools.product(ACTS, (False, True), alphas, limits, (0.0, 1.0))
-    return [Gate(act, True, *rest) for act, *rest in choices]  # type: ignore[arg-type]
-
-
-def find_gate(module: Any) -> Gate | None:
-    """The gate that computes what the module's own does on a probe, or None: found by comparing, so that no family is assumed."""
-    rows = torch.randn(64, 2 * 24 if module.has_gate else 24, generator=torch.Generator().manual_seed(0)) * 4
-    rows[:4] *= 10  # into every clamp
-    try:
-        with torch.no_grad():
-            wanted = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
-    except Exception:  # somebody else's code, on an input of ours: whatever it raises, we do not know its gate
-        return None
-    for candidate in _candidates(module):
-        got = gate(rows, **vars(candidate))
-        if got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-4, atol=1e-5):
-            return candidate
-    return None
+    apply = module._apply_gate if module.has_gate else module.act_fn
+    return match_gate(apply, gated=module.has_gate, limits=known("limit", "swiglu_limit"), alphas=known("alpha", "swiglu_alpha"))
 
 
 def gate_of(module: torch.nn.Module) -> Gate | None:
@@ -183,43 +155,52 @@ def enable(model: Any, free_original: bool = False) -> EnableReport:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(KEY, experts_forward)
-    report, changed = EnableReport(), []
-    seen: set[int] = set()
+    report = EnableReport()
+    undo: list[Callable[[], None]] = []
     for name, module in model.named_modules():
-        if not _is_experts(module):
-            if type(module).__name__.endswith(_UNDECORATED) and not any(map(_is_experts, module.modules())):
-                report.fallbacks[name] = (
-                    f"{type(module).__name__} computes its experts itself, not through transformers' registry"
-                )
-            continue
-        reason = why_not(module)
-        if reason:
-            report.fallbacks[name] = reason
-        else:
-            report.modules[name] = f"moe_ffn, {_in_words(gate_of(module))}"
-        if id(module.config) not in seen:
-            seen.add(id(module.config))
-            changed.append((module.config, module.config._experts_implementation))
-    for config, _ in changed:
-        config._experts_implementation_internal = KEY  # what set_experts_implementation sets, at any depth of sub-configs
-    _before[model] = (changed, report)
+        if _is_experts(module):
+            _select(name, module, report, undo)
+        elif type(module).__name__ in own_experts.FORWARDS:
+            _replace(name, module, report, undo)
+        elif type(module).__name__.endswith(_UNDECORATED) and not any(map(_is_known, module.modules())):
+            report.fallbacks[name] = f"{type(module).__name__} computes its experts itself, not through transformers' registry"
+    _before[model] = (undo, report)
     return report
 
 
-def _in_words(found: Gate | None) -> str:
-    assert found is not None
-    words = [found.act + ("" if found.alpha == 1 else f" (alpha {found.alpha:g})"), "gated" if found.gated else "not gated"]
-    words += ["interleaved"] * found.interleaved + [f"clamped at {found.limit:g}"] * (found.limit < math.inf)
-    return ", ".join(words)
+def _is_known(module: torch.nn.Module) -> bool:
+    return _is_experts(module) or type(module).__name__ in own_experts.FORWARDS
+
+
+def _select(name: str, module: Any, report: EnableReport, undo: list[Callable[[], None]]) -> None:
+    reason = why_not(module)
+    if reason:
+        report.fallbacks[name] = reason
+    else:
+        report.modules[name] = f"moe_ffn, {gate_of(module)}"
+    config, before = module.config, module.config._experts_implementation
+    if before != KEY:
+        config._experts_implementation_internal = KEY  # what set_experts_implementation sets, at any depth of sub-configs
+        undo.append(lambda: setattr(config, "_experts_implementation_internal", before))
+
+
+def _replace(name: str, module: Any, report: EnableReport, undo: list[Callable[[], None]]) -> None:
+    reason = own_experts.why_not(module)
+    if reason:
+        report.fallbacks[name] = reason
+        return
+    report.modules[name] = f"moe_ffn in place of {type(module).__name__}.forward"
+    module.forward = MethodType(own_experts.forward, module)
+    undo.append(lambda: delattr(module, "forward"))
 
 
 def disable(model: Any) -> None:
-    """Undo :func:`enable`: every config selects what it selected before.
+    """Undo :func:`enable`: every config selects what it selected before, every instance has its class's forward.
 
     Raises:
         RuntimeError: the model is not enabled.
     """
     if model not in _before:
         raise RuntimeError("disable: expected a model that effvlm.enable was called on")
-    for config, implementation in _before.pop(model)[0]:
-        config._experts_implementation_internal = implementation
+    for step in _before.pop(model)[0]:
+        step()

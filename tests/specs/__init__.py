@@ -69,6 +69,10 @@ class Spec:
     run: Callable[..., Tensors] | None = None
     reference: Callable[..., Tensors] | None = None
 
+    def tested(self) -> tuple[Case, ...]:
+        """The cases that tests run: all but the benchmarks that take long."""
+        return tuple(c for c in self.cases if not c.bench or (self.flops(c) < 1e9 and self.bytes(c, torch.float32) < 1e8))
+
     def call(self, *args: Any) -> Tensors:
         """The compiled thing."""
         if self.run:
