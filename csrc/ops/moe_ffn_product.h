@@ -6,6 +6,7 @@
 #pragma once
 #include <type_traits>
 
+#include "core/cpu/amx.h"
 #include "core/cpu/dot.h"
 #include "core/cpu/transpose.h"
 #include "ops/moe_ffn.h"
@@ -209,6 +210,64 @@ inline void turn(const float* sums, std::int64_t width, std::int64_t left, float
   }
 }
 
+#if defined(EFFVLM_HAS_AMX)
+// Tiles: a tile of weights is 16 rows × 32 elements as they stand in memory, and 16 words of a packed block are the other
+// operand.
+constexpr std::int64_t kTileRows = 16, kTileWords = 16, kTilePass = 32;
+
+// Whether the next rows are tiles: so many, at one distance, and whole words.
+inline bool are_tiles(const bf16* const* rows, std::int64_t R, std::int64_t words) {
+  if (R < kTileRows || words % kTileWords) return false;
+  for (int i = 2; i < kTileRows; ++i)
+    if (rows[i] - rows[0] != i * (rows[1] - rows[0])) return false;
+  return true;
+}
+
+// sums[i·32 + l] for two tiles of rows and two blocks of tokens (either pair may be the same twice). Tiles 0-3 sums, 4-5 rows,
+// 6-7 blocks.
+inline void product_of_tiles(const bf16* const* rows, const bf16* const* more_rows, const float* block, const float* more,
+                             std::int64_t words, float* sums) {
+  const std::int64_t bytes = 2 * (rows[1] - rows[0]), more_bytes = 2 * (more_rows[1] - more_rows[0]);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (std::int64_t d = 0; d < words; d += kTileWords) {
+    _tile_loadd(4, rows[0] + 2 * d, bytes);
+    _tile_loadd(5, more_rows[0] + 2 * d, more_bytes);
+    _tile_loadd(6, block + d * kLanes, 64);
+    _tile_loadd(7, more + d * kLanes, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, sums, 128);
+  _tile_stored(1, sums + 16, 128);
+  _tile_stored(2, sums + 16 * 32, 128);
+  _tile_stored(3, sums + 16 * 32 + 16, 128);
+}
+
+// As many of the next rows as are tiles, two at a time; returns how many rows that were.
+inline std::int64_t product_of_tile_rows(const bf16* const* rows, std::int64_t R, const float* blocks, std::int64_t block_stride,
+                                         std::int64_t count, std::int64_t words, const float* bias, float* out) {
+  if (!are_tiles(rows, R, words)) return 0;
+  const bool both = are_tiles(rows + kTileRows, R - kTileRows, words);
+  [[maybe_unused]] const TileScope tiles;
+  alignas(64) float sums[2 * kTileRows * kTilePass];
+  for (std::int64_t c = 0; c < count; c += kTilePass) {
+    const float* block = blocks + c / kLanes * block_stride;
+    product_of_tiles(rows, both ? rows + kTileRows : rows, block, count - c > kLanes ? block + block_stride : block, words, sums);
+    for (std::int64_t i = 0; i < (both ? 2 : 1) * kTileRows; ++i)
+      for (std::int64_t l = 0; l < kTilePass; l += f32v::width)
+        store(sums + i * kTilePass + l, load(sums + i * kTilePass + l) + set1(bias[i]));
+    turn(sums, kTilePass, kTileRows, out + c * kMoeSums);
+    if (both) turn(sums + kTileRows * kTilePass, kTilePass, kTileRows, out + c * kMoeSums + kTileRows);
+  }
+  return both ? 2 * kTileRows : kTileRows;
+}
+#endif
+
 // out[c·kMoeSums + r] for `count` tokens in packed blocks. copy: room for kManyRows rows as words.
 template <class T>
 void product_many(const T* const* rows, std::int64_t R, const float* blocks, std::int64_t block_stride, std::int64_t count,
@@ -217,6 +276,12 @@ void product_many(const T* const* rows, std::int64_t R, const float* blocks, std
   const std::int64_t words = block_words<T>(C) / kLanes;
   alignas(64) float sums[16 * kPass] = {};
   for (std::int64_t r = 0; r < R; r += kManyRows) {
+#if defined(EFFVLM_HAS_AMX)
+    if constexpr (kPairs<T>)
+      while (std::int64_t done = product_of_tile_rows(rows + r, R - r, blocks, block_stride, count, words, bias + r, out + r))
+        r += done;
+    if (r >= R) break;
+#endif
     const WordRows<T> word(rows + r, R - r, C, copy);
     float some_bias[kManyRows];
     const float* later[kManyRows];

@@ -40,6 +40,7 @@ CASES = (
     Case("narrow", _sizes(20, 2, 3, 1, 1), {"bias": True}),
     Case("many_tokens", _sizes(150, 2, 3, 32, 26)),
     Case("sorted", _sizes(420, 3, 7, 8, 8), {"route": "skipped"}),
+    Case("tiles", _sizes(100, 2, 2, 64, 64), {"bias": True}),
     Case("two_blocks", _sizes(90, 2, 4, 40, 60), {"bias": True, "act": "gelu"}),
     *(Case(f"qwen3_30b_t{T}", _sizes(T, 8, 128, 2048, 768), bench=True) for T in (1, 4, 16, 64, 256, 1024, 4096)),
     *(Case(f"deepseek_v2_lite_t{T}", _sizes(T, 6, 64, 2048, 1408), bench=True) for T in (1, 16, 1024)),

@@ -1,5 +1,5 @@
-// AMX int8 tiles: eight tiles of 16 rows × 64 bytes. With EFFVLM_EMULATE_AMX (tests on machines without AMX) the same calls
-// work on plain memory; the emulation is the instruction's definition, not a second kernel.
+// AMX: eight tiles of 16 rows × 64 bytes, products of int8 and of bf16. With EFFVLM_EMULATE_AMX (tests on machines without AMX)
+// the same calls work on plain memory; the emulation is the instruction's definition, not a second kernel.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -39,15 +39,36 @@ inline void tile_dot_u8s8(int to, int a, int b) {
     }
 }
 
+inline float tile_bf16(const std::uint8_t* bytes) {
+  std::uint32_t bits = 0;
+  std::memcpy(reinterpret_cast<char*>(&bits) + 2, bytes, 2);
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline void tile_dot_bf16(int to, int a, int b) {
+  for (int m = 0; m < 16; ++m)
+    for (int n = 0; n < 16; ++n) {
+      float sum;
+      std::memcpy(&sum, tile(to).row[m] + 4 * n, 4);
+      for (int k = 0; k < 16; ++k)
+        for (int half = 0; half < 4; half += 2)
+          sum += tile_bf16(tile(a).row[m] + 4 * k + half) * tile_bf16(tile(b).row[k] + 4 * n + half);
+      std::memcpy(tile(to).row[m] + 4 * n, &sum, 4);
+    }
+}
+
 // The intrinsics are macros (their operands are register names), so the emulation takes over their names.
 #undef _tile_zero
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbusd
+#undef _tile_dpbf16ps
 #define _tile_zero(t) tile_zero(t)
 #define _tile_loadd(t, from, row_bytes) tile_load(t, from, row_bytes)
 #define _tile_stored(t, to, row_bytes) tile_store(t, to, row_bytes)
 #define _tile_dpbusd(to, a, b) tile_dot_u8s8(to, a, b)
+#define _tile_dpbf16ps(to, a, b) tile_dot_bf16(to, a, b)
 
 #else
 
