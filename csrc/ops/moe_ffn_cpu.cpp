@@ -134,8 +134,8 @@ struct Experts {
     }
   }
 
-  // Elements [i, i+n) of h, expert e, all its tokens.
-  void first_product(i64 e, i64 i, i64 n, int thread) const {
+  // Elements [i, i+n) of h, expert e, its tokens [from, to).
+  void first_product(i64 e, i64 i, i64 n, i64 from, i64 to, int thread) const {
     const i64 parts = a.gated ? 2 : 1, together = a.gated && a.interleaved ? 2 : 1;  // rows that are next to each other
     const T *rows[2 * kMoeUpRows], *taken[2 * kMoeUpRows];
     float bias[2 * kMoeUpRows], some_bias[2 * kMoeUpRows];
@@ -166,17 +166,17 @@ struct Experts {
       product_few(rows, parts * n, tokens, count, a.H, bias, sums(thread), kMoeSums);
       for (i64 c = 0; c < count; ++c) gate(sums(thread) + c * kMoeSums, n, hidden(pair[c]) + i);
     };
-    each_chunk(e, many, few);
+    each_chunk(e, from, to, many, few);
   }
 
-  // many(c0, count, pairs) for an expert's blocks, some at a time, then few(count, pairs) for the tokens that are left.
+  // Of an expert's tokens [from, to): many(c0, count, pairs) for the blocks, some at a time, then few(count, pairs) for what is
+  // left.
   template <class Many, class Few>
-  void each_chunk(i64 e, Many&& many, Few&& few) const {
+  void each_chunk(i64 e, i64 from, i64 to, Many&& many, Few&& few) const {
     const i32* pair = order() + start()[e];
-    const i64 all = tokens_of(e), in_blocks = blocked(e);
-    for (i64 c0 = 0; c0 < in_blocks; c0 += kMoeTokens)
-      many(c0, in_blocks - c0 < kMoeTokens ? in_blocks - c0 : kMoeTokens, pair + c0);
-    if (in_blocks < all) few(all - in_blocks, pair + in_blocks);
+    const i64 in_blocks = blocked(e), last = in_blocks < to ? in_blocks : to;
+    for (i64 c0 = from; c0 < last; c0 += kMoeTokens) many(c0, last - c0 < kMoeTokens ? last - c0 : kMoeTokens, pair + c0);
+    if (from <= in_blocks && in_blocks < to) few(to - in_blocks, pair + in_blocks);
   }
 
   // Columns [o, o+n) of out: this thread's alone.
@@ -203,7 +203,7 @@ struct Experts {
         product_few(rows, n, made, count, a.I, bias, sums(thread), kMoeSums);
         add(count, pair);
       };
-      each_chunk(e, many, few);
+      each_chunk(e, 0, tokens_of(e), many, few);
     }
     for (i64 t = 0; t < a.T; ++t) {
       T* to = static_cast<T*>(a.out) + t * a.O + o;
@@ -226,11 +226,17 @@ struct Experts {
     sort_pairs();
     pack_tokens();
     for (int thread = 0; thread < a.threads; ++thread) scratch<i64>(at.packed)[thread] = -1;
-    const i64 blocks = (a.I + kMoeUpRows - 1) / kMoeUpRows;
-    parallel_for(a.E * blocks, 1, a.threads, [&](i64 begin, i64 end, int thread) {
+    // Where experts have several chunks of tokens, a task takes some blocks of rows, so that packing a chunk serves all of them.
+    const bool crowded = a.T * a.K > kMoeTokens * a.E && a.up_stride_h == 1;
+    const i64 task_rows = kMoeUpRows * (crowded ? 4 : 1), tasks = (a.I + task_rows - 1) / task_rows;
+    parallel_for(a.E * tasks, 1, a.threads, [&](i64 begin, i64 end, int thread) {
       for (i64 task = begin; task < end; ++task) {
-        const i64 e = task / blocks, i = task % blocks * kMoeUpRows;
-        if (tokens_of(e)) first_product(e, i, a.I - i < kMoeUpRows ? a.I - i : kMoeUpRows, thread);
+        const i64 e = task / tasks, first = task % tasks * task_rows, last = first + task_rows < a.I ? first + task_rows : a.I;
+        const i64 all = tokens_of(e), step = crowded ? kMoeTokens : all;
+        for (i64 from = 0; from < all; from += step)
+          for (i64 i = first; i < last; i += kMoeUpRows)
+            first_product(e, i, last - i < kMoeUpRows ? last - i : kMoeUpRows, from, from + step < all ? from + step : all,
+                          thread);
       }
     });
     parallel_for((a.O + at.down_rows - 1) / at.down_rows, 1, a.threads, [&](i64 begin, i64 end, int thread) {
