@@ -81,7 +81,8 @@ def bench_case(spec: Spec, case: Case, dtype: torch.dtype, options: argparse.Nam
     error = check(spec, args, spec.call(*args))
     runs = implementations(spec, args, options)
     timer = time_cuda if options.device == "cuda" else time_cpu
-    timings = timer(runs, budget=0.2 if options.quick else 6.0, least=3 if options.quick else 30)
+    seconds = 0.2 if options.quick else 1.0 if options.device == "cuda" else 6.0
+    timings = timer(runs, budget=seconds, least=3 if options.quick else 30)
     ours = next(iter(timings.values())).median
     least = ceilings.seconds_at_least(limits, dtype, spec.flops(case), spec.bytes(case, dtype))
     rows = []

@@ -282,6 +282,20 @@ def test_the_model_can_be_freed() -> None:
     assert alive() is None
 
 
+def test_a_copy_of_a_replaced_module_works_and_a_changed_gate_is_seen() -> None:
+    module = OWN["JetMoeMoE"]()
+    x = torch.randn(1, 5, 32)
+    with torch.no_grad():
+        wanted = module(x)
+        experts._replace("it", module, experts.EnableReport(), [])
+        torch.testing.assert_close(copy.deepcopy(module)(x), wanted, rtol=1e-5, atol=1e-4)
+    (cls,) = expert_classes("mixtral.modeling_mixtral")
+    decorated = tiny(cls)
+    assert experts.why_not(decorated) == ""
+    decorated.act_fn = torch.nn.Tanh()
+    assert "gate is none" in experts.why_not(decorated, again=True)
+
+
 def test_copies_and_models_without_experts() -> None:
     model, _ = demo.load()
     effvlm.enable(model)

@@ -31,7 +31,7 @@ struct Experts {
   }
   T* hidden(i64 pair) const { return scratch<T>(at.hidden) + pair * at.hidden_stride; }
 
-  // Counting sort of the choices by expert; pair t·K + k is choice k of token t. start[E] … order holds the skipped ones' count.
+  // Counting sort of the choices by expert; pair t·K + k is choice k of token t. Skipped choices are in no run.
   void sort_pairs() const {
     i32 *first = start(), *sorted = order();
     for (i64 e = 0; e <= a.E; ++e) first[e] = 0;
@@ -117,14 +117,14 @@ struct Experts {
 
   // h[i] for i < n from the first product's sums: n gate rows, then n up rows.
   void gate(const float* sums, i64 n, T* h) const {
-    const auto value = [&](f32v g, f32v u) {
+    const auto value = [&](f32v g, auto&& load_up) {
       if (!a.gated) return activate(g);
-      u = max(set1(-a.limit), min(set1(a.limit), u));
+      const f32v u = max(set1(-a.limit), min(set1(a.limit), load_up()));
       return activate(min(set1(a.limit), g)) * (u + set1(a.offset));
     };
     for_lanes(
-        n, [&](i64 i) { store(h + i, value(load(sums + i), load(sums + n + i))); },
-        [&](i64 i, int rest) { store(h + i, value(load(sums + i, rest), load(sums + n + i, rest)), rest); });
+        n, [&](i64 i) { store(h + i, value(load(sums + i), [&] { return load(sums + n + i); })); },
+        [&](i64 i, int rest) { store(h + i, value(load(sums + i, rest), [&] { return load(sums + n + i, rest); }), rest); });
   }
 
   void add_bias(const void* bias, i64 stride_e, i64 stride, i64 e, i64 first, i64 count, float* to) const {

@@ -16,11 +16,10 @@ import torch
 
 from effvlm._library import FLOATS, say_once
 from effvlm.hf import own_experts
-from effvlm.hf.gates import Gate, match_gate
+from effvlm.hf.gates import Gate, gate_of, match_gate
 from effvlm.ops.moe_ffn import moe_ffn
 
 KEY = "effvlm"
-MANY_ON_CUDA = 64  # tokens from which on torch's grouped GEMM is what a GPU should run: our CUDA kernel is made for decoding
 _UNDECORATED = ("Experts", "MoE", "MoeBlock", "SparseMLP", "SparseMoeBlock", "TextMoe", "MoELayer", "MoeLayer")
 
 
@@ -47,7 +46,6 @@ class EnableReport:
         return "\n".join(lines)
 
 
-_gates: WeakKeyDictionary[torch.nn.Module, Gate | None] = WeakKeyDictionary()
 _before: WeakKeyDictionary[torch.nn.Module, tuple[list[Callable[[], None]], EnableReport]] = WeakKeyDictionary()
 
 
@@ -79,15 +77,8 @@ def find_gate(module: Any) -> Gate | None:
     return match_gate(apply, gated=module.has_gate, limits=known("limit", "swiglu_limit"), alphas=known("alpha", "swiglu_alpha"))
 
 
-def gate_of(module: torch.nn.Module) -> Gate | None:
-    """:func:`find_gate`, once per module."""
-    if module not in _gates:
-        _gates[module] = find_gate(module)
-    return _gates[module]
-
-
-def why_not(module: Any) -> str:
-    """Why a module's experts cannot run on our kernel; empty when they can."""
+def why_not(module: Any, *, again: bool = False) -> str:
+    """Why a module's experts cannot run on our kernel; empty when they can. ``again``: look at its gate anew."""
     if module.has_post_expert_norm:
         return "a norm after each expert is not fused yet; transformers' grouped_mm runs"
     for weight in _weights(module):
@@ -97,7 +88,7 @@ def why_not(module: Any) -> str:
             )
         if weight.device.type not in ("cpu", "cuda"):
             return f"weights are on {weight.device} (offloaded?); transformers' grouped_mm runs"
-    if gate_of(module) is None:
+    if gate_of(module, find_gate, again=again) is None:
         return "its gate is none that is fused; transformers' grouped_mm runs"
     return ""
 
@@ -109,20 +100,17 @@ def experts_forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch
     up, down = _weights(module)
     tensors = (hidden_states, top_k_weights, up, down)
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    crowd = hidden_states.is_cuda and len(hidden_states) > MANY_ON_CUDA
+    crowd = hidden_states.is_cuda and len(hidden_states) > own_experts.MANY_ON_CUDA
     reason = why_not(module)
     if reason or trained or crowd:
         if reason or trained:
             say_once(f"experts: {reason}", f"effvlm: {reason or 'training runs transformers grouped_mm, which has a backward'}")
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_states, top_k_index, top_k_weights)
-    found = gate_of(module)
+    found = gate_of(module, find_gate)
     assert found is not None
-    x = hidden_states.to(up.dtype)
-    bias = (
-        (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias, module.down_proj_bias) if module.has_bias else ()
-    )
-    biases = dict(zip(("up_bias", "down_bias"), bias, strict=False))
-    out = moe_ffn(x, top_k_index, top_k_weights.float(), up, down, **biases, **vars(found))
+    up_bias, down_bias = _biases(module)
+    x, weights = hidden_states.to(up.dtype), top_k_weights.float()
+    out = moe_ffn(x, top_k_index, weights, up, down, up_bias=up_bias, down_bias=down_bias, **vars(found))
     return out.to(hidden_states.dtype)
 
 
@@ -173,11 +161,11 @@ def _is_known(module: torch.nn.Module) -> bool:
 
 
 def _select(name: str, module: Any, report: EnableReport, undo: list[Callable[[], None]]) -> None:
-    reason = why_not(module)
+    reason = why_not(module, again=True)
     if reason:
         report.fallbacks[name] = reason
     else:
-        report.modules[name] = f"moe_ffn, {gate_of(module)}"
+        report.modules[name] = f"moe_ffn, {gate_of(module, find_gate)}"
     config, before = module.config, module.config._experts_implementation
     if before != KEY:
         config._experts_implementation_internal = KEY  # what set_experts_implementation sets, at any depth of sub-configs

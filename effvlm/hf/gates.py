@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -58,3 +59,13 @@ def match_gate(
         if got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-4, atol=1e-5):
             return candidate
     return None
+
+
+_known: WeakKeyDictionary[torch.nn.Module, Gate | None] = WeakKeyDictionary()
+
+
+def gate_of(module: torch.nn.Module, find: Callable[[torch.nn.Module], Gate | None], *, again: bool = False) -> Gate | None:
+    """``find(module)``, once per module; a copy of a module is another module. ``again``: it may have changed."""
+    if again or module not in _known:
+        _known[module] = find(module)
+    return _known[module]

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
-from effvlm.hf.gates import Gate, match_gate
+from effvlm.hf.gates import Gate, gate_of, match_gate
 from effvlm.ops.moe_ffn import moe_ffn
 
-_gates: WeakKeyDictionary[torch.nn.Module, Gate | None] = WeakKeyDictionary()
+MANY_ON_CUDA = 64  # tokens from which on torch's own GEMMs are what a GPU should run: our CUDA kernel is made for decoding
 
 
 def _llama4(module: Any, hidden_states: torch.Tensor) -> Any:
@@ -76,19 +75,19 @@ def _find_gate(module: Any) -> Gate | None:
 
 
 def _gate(module: Any) -> Gate:
-    found = _gates[module]
+    found = gate_of(module, _find_gate)
     assert found is not None, "only modules whose gate is known are replaced"
     return found
 
 
 def why_not(module: torch.nn.Module) -> str:
     """Why a module of one of these classes cannot be replaced; empty when it can."""
-    _gates[module] = _find_gate(module)
-    return "" if _gates[module] else "its gate is none that is fused; its own forward runs"
+    return "" if gate_of(module, _find_gate, again=True) else "its gate is none that is fused; its own forward runs"
 
 
-def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """What the instance's ``forward`` becomes: our kernel, or the class's own where a backward is needed."""
-    if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
-        return type(module).forward(module, *args, **kwargs)
-    return FORWARDS[type(module).__name__](module, *args, **kwargs)
+def forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What the instance's ``forward`` becomes: our kernel, or the class's own for a backward and for many tokens on a GPU."""
+    trained = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+    if trained or (x.is_cuda and x.numel() // x.shape[-1] > MANY_ON_CUDA):
+        return type(module).forward(module, x, *args, **kwargs)
+    return FORWARDS[type(module).__name__](module, x, *args, **kwargs)
