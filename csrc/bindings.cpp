@@ -12,7 +12,9 @@
 #include "core/cpu/isa.h"
 #include "core/cpu/parallel.h"
 #include "core/view.h"
+#include "ops/grouped_linear.h"
 #include "ops/moe_ffn.h"
+#include "ops/moe_route.h"
 #include "ops/token_match.h"
 #include "ops/token_merge.h"
 
@@ -102,7 +104,7 @@ using Optional = std::optional<Raw>;
 MoeFfnArgs moe_args(const Raw& x_raw, const Raw& ids_raw, const Raw& weight_raw, const Raw& up_raw, const Optional& up_bias_raw,
                     const Raw& down_raw, const Optional& down_bias_raw, const std::string& act, bool gated, bool interleaved,
                     double alpha, double limit, double offset, const Place& place) {
-  constexpr std::array<const char*, 5> kActs = {"silu", "gelu", "gelu_tanh", "relu", "relu2"};
+  constexpr std::array<const char*, 6> kActs = {"silu", "gelu", "gelu_tanh", "relu", "relu2", "identity"};
   const View x = view(x_raw), ids = view(ids_raw), weight = view(weight_raw), up = view(up_raw), up_bias = view(up_bias_raw);
   const View down = view(down_raw), down_bias = view(down_bias_raw);
   const auto found = std::find(kActs.begin(), kActs.end(), act);
@@ -130,7 +132,7 @@ std::int64_t moe_workspace(const Raw& x, const Raw& ids, const Raw& weight, cons
 #if EFFVLM_WITH_CUDA
   if (kEmulated || std::get<0>(place) >= 0) return moe_ffn_workspace_cuda(a);
 #endif
-  return MoeFfnLayout(a, moe_ffn_pairs(a)).bytes;
+  return MoeFfnLayout(a, multiplies_pairs(a.dtype)).bytes;
 }
 
 void moe(const Raw& x, const Raw& ids, const Raw& weight, const Raw& up, const Optional& up_bias, const Raw& down,
@@ -139,6 +141,67 @@ void moe(const Raw& x, const Raw& ids, const Raw& weight, const Raw& up, const O
   MoeFfnArgs a = moe_args(x, ids, weight, up, up_bias, down, down_bias, act, gated, interleaved, alpha, limit, offset, place);
   a.out = view(out).data, a.workspace = view(workspace).data, a.workspace_bytes = view(workspace).shape[0];
   run(a, place, moe_ffn_cpu, EFFVLM_CUDA_FORM(moe_ffn));
+}
+
+GroupedLinearArgs linear_args(const Raw& x_raw, const Raw& ids_raw, const Raw& weight_raw, const Optional& bias_raw,
+                              const Place& place) {
+  const View x = view(x_raw), ids = view(ids_raw), weight = view(weight_raw), bias = view(bias_raw);
+  GroupedLinearArgs a{};
+  a.T = x.shape[0], a.E = weight.shape[0], a.C = x.shape[1], a.O = weight.shape[1];
+  a.dtype = x.dtype, a.x = x.data, a.x_stride_t = x.stride[0], a.x_stride_c = x.stride[1];
+  a.ids = ids.as<std::int64_t>(), a.ids_stride = ids.stride[0];
+  a.weight = weight.data, a.weight_stride_e = weight.stride[0], a.weight_stride_o = weight.stride[1];
+  a.weight_stride_c = weight.stride[2], a.bias = bias.data, a.bias_stride_e = bias.stride[0], a.bias_stride_o = bias.stride[1];
+  a.threads = std::get<2>(place);
+  return a;
+}
+
+std::int64_t linear_workspace(const Raw& x, const Raw& ids, const Raw& weight, const Optional& bias, const Place& place) {
+  const GroupedLinearArgs a = linear_args(x, ids, weight, bias, place);
+#if EFFVLM_WITH_CUDA
+  if (kEmulated || std::get<0>(place) >= 0) return grouped_linear_workspace_cuda(a);
+#endif
+  return GroupedLinearLayout(a, multiplies_pairs(a.dtype)).bytes;
+}
+
+void linear(const Raw& x, const Raw& ids, const Raw& weight, const Optional& bias, const Raw& out, const Raw& workspace,
+            const Place& place) {
+  GroupedLinearArgs a = linear_args(x, ids, weight, bias, place);
+  a.out = view(out).data, a.workspace = view(workspace).data, a.workspace_bytes = view(workspace).shape[0];
+  run(a, place, grouped_linear_cpu, EFFVLM_CUDA_FORM(grouped_linear));
+}
+
+MoeRouteArgs route_args(const Raw& logits_raw, std::int64_t K, const std::string& score, const Optional& bias_raw,
+                        const Optional& mask_raw, bool renormalize, double scale, std::int64_t groups, std::int64_t top_groups,
+                        std::optional<std::int64_t> capacity, bool by_expert, const Place& place) {
+  const View logits = view(logits_raw), bias = view(bias_raw), mask = view(mask_raw);
+  MoeRouteArgs a{};
+  a.T = logits.shape[0], a.E = logits.shape[1], a.K = K, a.dtype = logits.dtype;
+  a.logits = logits.data, a.logits_stride_t = logits.stride[0], a.logits_stride_e = logits.stride[1];
+  a.bias = bias.as<float>(), a.bias_stride = bias.stride[0], a.mask = mask.as<bool>(), a.mask_stride = mask.stride[0];
+  a.score = score == "softmax" ? Score::softmax : score == "sigmoid" ? Score::sigmoid : Score::none;
+  a.renormalize = renormalize, a.by_expert = by_expert, a.scale = static_cast<float>(scale);
+  a.groups = groups, a.top_groups = top_groups, a.capacity = capacity.value_or(-1), a.threads = std::get<2>(place);
+  return a;
+}
+
+std::int64_t route_workspace(const Raw& logits, std::int64_t K, const std::string& score, const Optional& bias,
+                             const Optional& mask, bool renormalize, double scale, std::int64_t groups, std::int64_t top_groups,
+                             std::optional<std::int64_t> capacity, bool by_expert, const Place& place) {
+  const MoeRouteArgs a =
+      route_args(logits, K, score, bias, mask, renormalize, scale, groups, top_groups, capacity, by_expert, place);
+#if EFFVLM_WITH_CUDA
+  if (kEmulated || std::get<0>(place) >= 0) return moe_route_workspace_cuda(a);
+#endif
+  return MoeRouteLayout(a).bytes;
+}
+
+void route(const Raw& logits, std::int64_t K, const std::string& score, const Optional& bias, const Optional& mask,
+           bool renormalize, double scale, std::int64_t groups, std::int64_t top_groups, std::optional<std::int64_t> capacity,
+           bool by_expert, const Raw& weight, const Raw& ids, const Raw& workspace, const Place& place) {
+  MoeRouteArgs a = route_args(logits, K, score, bias, mask, renormalize, scale, groups, top_groups, capacity, by_expert, place);
+  a.weight = view(weight).as<float>(), a.ids = view(ids).as<std::int64_t>(), a.workspace = view(workspace).data;
+  run(a, place, moe_route_cpu, EFFVLM_CUDA_FORM(moe_route));
 }
 
 }  // namespace
@@ -157,8 +220,12 @@ PYBIND11_MODULE(_core, m) {
   m.attr("cuda_version") = "";
   m.attr("cuda_archs") = "";
 #endif
+  m.def("grouped_linear_workspace", &linear_workspace);
+  m.def("grouped_linear", &linear);
   m.def("moe_ffn_workspace", &moe_workspace);
   m.def("moe_ffn", &moe);
+  m.def("moe_route_workspace", &route_workspace);
+  m.def("moe_route", &route);
   m.def("token_match_workspace", &match_workspace);
   m.def("token_match", &match);
   m.def("token_merge_workspace", &merge_workspace);

@@ -5,18 +5,21 @@ from importlib.metadata import version
 from effvlm import demo, tokens
 from effvlm._library import set_cpu_isa
 from effvlm.hf import disable, enable, reduce
-from effvlm.ops import TokenMatch, TokenMerge, moe_ffn, token_match, token_merge
+from effvlm.ops import MoeRoute, TokenMatch, TokenMerge, grouped_linear, moe_ffn, moe_route, token_match, token_merge
 
 __version__ = version("effvlm")
 
 __all__ = [
+    "MoeRoute",
     "TokenMatch",
     "TokenMerge",
     "__version__",
     "demo",
     "disable",
     "enable",
+    "grouped_linear",
     "moe_ffn",
+    "moe_route",
     "reduce",
     "set_cpu_isa",
     "token_match",

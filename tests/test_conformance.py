@@ -47,17 +47,14 @@ def test_values(spec: Spec, case: Case, level: str) -> None:
 
 def _layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
     """The same values under other strides and alignments."""
-    if x.dim() < 2:
-        return {}
     wide = x.new_zeros((*x.shape[:-1], x.shape[-1] + 3))
     wide[..., 1:-2] = x
-    spread = x.new_zeros((x.shape[0], 2 * x.shape[1], *x.shape[2:]))
-    spread[:, ::2] = x
+    spread = x.repeat_interleave(2, min(1, x.dim() - 1))
     first = x[:1].clone().expand(x.shape)
     return {
         "unaligned": wide[..., 1:-2],
-        "every_other": spread[:, ::2],
-        "transposed": x.transpose(-1, -2).contiguous().transpose(-1, -2),
+        "every_other": spread[:, ::2] if x.dim() > 1 else spread[::2],
+        "transposed": x.mT.contiguous().mT if x.dim() > 1 else x,
         "expanded": first,
     }
 

@@ -3,7 +3,7 @@
 // Math       out[t,:] = Σ_k weight[t,k] · (down[e] · h + down_bias[e]),  e = ids[t,k],  h = gate(up[e] · x[t,:] + up_bias[e])
 //            gated:     h[i] = act(min(g, limit)) · (clamp(u, −limit, limit) + offset), g and u = rows i and I+i of the first
 //                       product (interleaved: rows 2i and 2i+1);   not gated: h[i] = act(row i)
-//            act:       silu g·σ(alpha·g), gelu (erf), gelu_tanh, relu, relu2 = relu²
+//            act:       silu g·σ(alpha·g), gelu (erf), gelu_tanh, relu, relu2 = relu², identity
 // Shapes     x (T,H) · ids (T,K) i64 · weight (T,K) f32 · up (E,R,H), R = 2I gated, I not · up_bias (E,R) or absent ·
 //            down (E,O,I) · down_bias (E,O) or absent → out (T,O)
 // Layout     any strides; weights with contiguous H (of up) and I (of down) are read in place, others through a packed copy of a
@@ -29,7 +29,7 @@
 
 namespace effvlm {
 
-enum class Act : int { silu = 0, gelu, gelu_tanh, relu, relu2 };
+enum class Act : int { silu = 0, gelu, gelu_tanh, relu, relu2, identity };
 
 struct MoeFfnArgs {
   std::int64_t T, K, E, H, I, O;
@@ -71,7 +71,7 @@ constexpr std::int64_t kMoeSums = 112;  // floats between the sums of two tokens
 namespace {  // internal linkage: compiled once per ISA level, and the linker must not merge the copies
 
 // Whether the level in use multiplies pairs of elements of the type.
-inline bool moe_ffn_pairs(const MoeFfnArgs& a) { return a.dtype == Dtype::bf16 && isa() >= Isa::avx512_bf16; }
+inline bool multiplies_pairs(Dtype dtype) { return dtype == Dtype::bf16 && isa() >= Isa::avx512_bf16; }
 
 struct MoeFfnLayout {
   std::int64_t down_rows;                            // columns of out per task: more when hidden rows are many to reread

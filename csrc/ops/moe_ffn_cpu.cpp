@@ -3,7 +3,7 @@
 #include "core/cpu/parallel.h"
 #include "core/dispatch.h"
 #include "ops/moe_ffn.h"
-#include "ops/moe_ffn_product.h"
+#include "ops/moe_ffn_lists.h"
 
 namespace effvlm::EFFVLM_ISA {
 namespace {
@@ -20,50 +20,8 @@ struct Experts {
   P* scratch(i64 offset) const {
     return reinterpret_cast<P*>(static_cast<char*>(a.workspace) + offset);
   }
-  i32* start() const { return scratch<i32>(at.start); }
-  i32* order() const { return scratch<i32>(at.order); }
-  i32* first_block() const { return scratch<i32>(at.first_block); }
-  i64 tokens_of(i64 e) const { return start()[e + 1] - start()[e]; }
-  // How many of an expert's tokens are taken as blocks. Those left over are few; they would leave most lanes of one empty.
-  i64 blocked(i64 e) const {
-    const i64 all = tokens_of(e), rest = all % kMoeBlock;
-    return rest <= kMoeFewTokens ? all - rest : all;
-  }
+  ExpertLists lists() const { return {a.E, scratch<i32>(at.start), scratch<i32>(at.order)}; }
   T* hidden(i64 pair) const { return scratch<T>(at.hidden) + pair * at.hidden_stride; }
-
-  // Counting sort of the choices by expert; pair t·K + k is choice k of token t. Skipped choices are in no run.
-  void sort_pairs() const {
-    i32 *first = start(), *sorted = order();
-    for (i64 e = 0; e <= a.E; ++e) first[e] = 0;
-    const auto each = [&](auto&& f) {
-      for (i64 t = 0; t < a.T; ++t)
-        for (i64 k = 0; k < a.K; ++k) f(t * a.K + k, a.ids[t * a.ids_stride_t + k * a.ids_stride_k]);
-    };
-    each([&](i64 pair, i64 e) {
-      if (e < -1 || e > a.E)
-        fail("moe_ffn: expected expert ids in 0 … %lld, or -1 or %lld to skip, got %lld at token %lld, choice %lld",
-             static_cast<long long>(a.E - 1), static_cast<long long>(a.E), static_cast<long long>(e),
-             static_cast<long long>(pair / a.K), static_cast<long long>(pair % a.K));
-      if (e >= 0 && e < a.E) ++first[e];
-    });
-    i32 sum = 0;
-    for (i64 e = 0; e <= a.E; ++e) {
-      const i32 size = first[e];
-      first[e] = sum;
-      sum += size;
-    }
-    each([&](i64 pair, i64 e) {
-      if (e >= 0 && e < a.E) sorted[first[e]++] = static_cast<i32>(pair);
-    });
-    for (i64 e = a.E; e > 0; --e) first[e] = first[e - 1];
-    first[0] = 0;
-    i32 blocks = 0;
-    for (i64 e = 0; e < a.E; ++e) {
-      first_block()[e] = blocks;
-      blocks += static_cast<i32>((blocked(e) + kMoeBlock - 1) / kMoeBlock);
-    }
-    first_block()[a.E] = blocks;
-  }
 
   const T* token(i64 t) const {
     if (a.x_stride_h != 1) return scratch<T>(at.x) + t * at.x_stride;
@@ -81,29 +39,22 @@ struct Experts {
   const float* token_blocks(i64 e, i64 c0, i64 count, int thread) const {
     float* blocks = scratch<float>(at.x_blocks) + thread * (kMoeTokens / kMoeBlock) * at.x_block;
     i64& packed = scratch<i64>(at.packed)[thread];
-    const i64 first = start()[e] + c0;
+    const i64 first = lists().start[e] + c0;
     if (packed == first) return blocks;
     packed = first;
     for (i64 c = 0; c < count; c += kMoeBlock) {
       const T* rows[kMoeBlock];
       const i64 n = count - c < kMoeBlock ? count - c : kMoeBlock;
-      for (i64 l = 0; l < n; ++l) rows[l] = token(order()[first + c + l] / a.K);
+      for (i64 l = 0; l < n; ++l) rows[l] = token(lists().order[first + c + l] / a.K);
       pack_block(rows, n, a.H, blocks + c / kMoeBlock * at.x_block);
     }
     return blocks;
   }
   float* hidden_block(i64 e, i64 c) const {
-    return scratch<float>(at.hidden_blocks) + (first_block()[e] + c / kMoeBlock) * at.hidden_block;
+    return scratch<float>(at.hidden_blocks) + (scratch<i32>(at.first_block)[e] + c / kMoeBlock) * at.hidden_block;
   }
   float* copy(int thread) const { return scratch<float>(at.copy) + thread * kMoeCopiedRows * at.row_stride; }
   float* sums(int thread) const { return scratch<float>(at.sums) + thread * kMoeTokens * kMoeSums; }
-
-  // Rows [first, first + count) of a weight matrix as pointers to contiguous elements: in place, or copied to `copy`.
-  void take_rows(const T* weight, i64 stride, i64 stride_c, i64 first, i64 count, i64 C, T* copy, const T** rows) const {
-    const bool in_place = stride_c == 1;
-    if (!in_place) copy_rows(weight + first * stride, stride, stride_c, count, C, copy, at.row_stride);
-    for (i64 i = 0; i < count; ++i) rows[i] = in_place ? weight + (first + i) * stride : copy + i * at.row_stride;
-  }
 
   f32v activate(f32v g) const {
     switch (a.act) {
@@ -111,7 +62,8 @@ struct Experts {
       case Act::gelu: return gelu(g);
       case Act::gelu_tanh: return gelu_tanh(g);
       case Act::relu: return max(set1(0), g);
-      default: g = max(set1(0), g); return g * g;
+      case Act::relu2: g = max(set1(0), g); return g * g;
+      default: return g;
     }
   }
 
@@ -127,13 +79,6 @@ struct Experts {
         [&](i64 i, int rest) { store(h + i, value(load(sums + i, rest), [&] { return load(sums + n + i, rest); }), rest); });
   }
 
-  void add_bias(const void* bias, i64 stride_e, i64 stride, i64 e, i64 first, i64 count, float* to) const {
-    for (i64 i = 0; i < count; ++i) {
-      const T* value = static_cast<const T*>(bias) + e * stride_e + (first + i) * stride;
-      to[i] = bias ? to_f32(*value) : 0;
-    }
-  }
-
   // Elements [i, i+n) of h, expert e, its tokens [from, to).
   void first_product(i64 e, i64 i, i64 n, i64 from, i64 to, int thread) const {
     const i64 parts = a.gated ? 2 : 1, together = a.gated && a.interleaved ? 2 : 1;  // rows that are next to each other
@@ -143,8 +88,8 @@ struct Experts {
     for (i64 p = 0; p < parts; p += together) {
       const i64 first = p * a.I + i * together, count = n * together;
       take_rows(static_cast<const T*>(a.up) + e * a.up_stride_e, a.up_stride_r, a.up_stride_h, first, count, a.H,
-                copied + p * n * at.row_stride, taken);
-      add_bias(a.up_bias, a.up_bias_stride_e, a.up_bias_stride_r, e, first, count, some_bias);
+                copied + p * n * at.row_stride, at.row_stride, taken);
+      take_bias<T>(a.up_bias, e * a.up_bias_stride_e + first * a.up_bias_stride_r, a.up_bias_stride_r, count, some_bias);
       for (i64 k = 0; k < count; ++k) {  // all gates, then all ups
         const i64 to = (p + k % together) * n + k / together;
         rows[to] = taken[k], bias[to] = some_bias[k];
@@ -166,17 +111,7 @@ struct Experts {
       product_few(rows, parts * n, tokens, count, a.H, bias, sums(thread), kMoeSums);
       for (i64 c = 0; c < count; ++c) gate(sums(thread) + c * kMoeSums, n, hidden(pair[c]) + i);
     };
-    each_chunk(e, from, to, many, few);
-  }
-
-  // Of an expert's tokens [from, to): many(c0, count, pairs) for the blocks, some at a time, then few(count, pairs) for what is
-  // left.
-  template <class Many, class Few>
-  void each_chunk(i64 e, i64 from, i64 to, Many&& many, Few&& few) const {
-    const i32* pair = order() + start()[e];
-    const i64 in_blocks = blocked(e), last = in_blocks < to ? in_blocks : to;
-    for (i64 c0 = from; c0 < last; c0 += kMoeTokens) many(c0, last - c0 < kMoeTokens ? last - c0 : kMoeTokens, pair + c0);
-    if (from <= in_blocks && in_blocks < to) few(to - in_blocks, pair + in_blocks);
+    lists().each_chunk(e, from, to, many, few);
   }
 
   // Columns [o, o+n) of out: this thread's alone.
@@ -186,10 +121,11 @@ struct Experts {
     const T* rows[kMoeDownRows];
     float bias[kMoeDownRows];
     for (i64 e = 0; e < a.E; ++e) {
-      if (!tokens_of(e)) continue;
+      if (!lists().tokens_of(e)) continue;
       T* copied = scratch<T>(at.rows) + thread * kMoeDownRows * at.row_stride;
-      take_rows(static_cast<const T*>(a.down) + e * a.down_stride_e, a.down_stride_o, a.down_stride_i, o, n, a.I, copied, rows);
-      add_bias(a.down_bias, a.down_bias_stride_e, a.down_bias_stride_o, e, o, n, bias);
+      take_rows(static_cast<const T*>(a.down) + e * a.down_stride_e, a.down_stride_o, a.down_stride_i, o, n, a.I, copied,
+                at.row_stride, rows);
+      take_bias<T>(a.down_bias, e * a.down_bias_stride_e + o * a.down_bias_stride_o, a.down_bias_stride_o, n, bias);
       const auto add = [&](i64 count, const i32* pair) {
         for (i64 c = 0; c < count; ++c) add_weighted(pair[c], sums(thread) + c * kMoeSums, n, total);
       };
@@ -203,7 +139,7 @@ struct Experts {
         product_few(rows, n, made, count, a.I, bias, sums(thread), kMoeSums);
         add(count, pair);
       };
-      each_chunk(e, 0, tokens_of(e), many, few);
+      lists().each_chunk(e, 0, lists().tokens_of(e), many, few);
     }
     for (i64 t = 0; t < a.T; ++t) {
       T* to = static_cast<T*>(a.out) + t * a.O + o;
@@ -223,7 +159,8 @@ struct Experts {
   }
 
   void run() const {
-    sort_pairs();
+    lists().sort("moe_ffn", a.T, a.K, a.ids, a.ids_stride_t, a.ids_stride_k);
+    lists().count_blocks(scratch<i32>(at.first_block));
     pack_tokens();
     for (int thread = 0; thread < a.threads; ++thread) scratch<i64>(at.packed)[thread] = -1;
     // Where experts have several chunks of tokens, a task takes some blocks of rows, so that packing a chunk serves all of them.
@@ -232,7 +169,7 @@ struct Experts {
     parallel_for(a.E * tasks, 1, a.threads, [&](i64 begin, i64 end, int thread) {
       for (i64 task = begin; task < end; ++task) {
         const i64 e = task / tasks, first = task % tasks * task_rows, last = first + task_rows < a.I ? first + task_rows : a.I;
-        const i64 all = tokens_of(e), step = crowded ? kMoeTokens : all;
+        const i64 all = lists().tokens_of(e), step = crowded ? kMoeTokens : all;
         for (i64 from = 0; from < all; from += step)
           for (i64 i = first; i < last; i += kMoeUpRows)
             first_product(e, i, last - i < kMoeUpRows ? last - i : kMoeUpRows, from, from + step < all ? from + step : all,

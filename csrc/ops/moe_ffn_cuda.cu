@@ -1,18 +1,12 @@
 #include "core/check.h"
-#include "core/cuda/launch.cuh"
 #include "core/dispatch.h"
 #include "ops/moe_ffn.h"
+#include "ops/moe_ffn_lists.cuh"
 
 namespace effvlm {
 namespace {
 
-using i64 = std::int64_t;
-using i32 = std::int32_t;
-
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kTile = 8;        // tokens that share a load of a weight
-constexpr int kScanned = 1024;  // up to so many choices every block finds its expert's by itself: one launch less
-constexpr int kMaxExperts = 4096, kMaxChoices = 1024;
+constexpr int kMaxChoices = 1024;
 
 struct Layout {
   i64 start, order, hidden, made, bytes = 0;  // i32 (E+1), i32 (T·K), h (T·K,I), weighted second product f32 (T·K,O)
@@ -32,105 +26,12 @@ struct Layout {
 };
 
 template <class P>
-__device__ __forceinline__ P* scratch(const MoeFfnArgs& a, i64 offset) {
+__host__ __device__ __forceinline__ P* scratch(const MoeFfnArgs& a, i64 offset) {
   return reinterpret_cast<P*>(static_cast<char*>(a.workspace) + offset);
 }
 
-// The expert of a choice, −1 if it is to be skipped.
-__device__ __forceinline__ int expert_of(const MoeFfnArgs& a, unsigned pair) {
-  const unsigned K = static_cast<unsigned>(a.K);
-  const i64 e = a.ids[pair / K * a.ids_stride_t + pair % K * a.ids_stride_k];
-  return e >= 0 && e < a.E ? static_cast<int>(e) : -1;
-}
-
-// One block: counts, offsets, places. Which of an expert's choices comes first depends on the run, and nothing on that.
-__global__ void __launch_bounds__(1024) moe_ffn_sort_kernel(MoeFfnArgs a, i64 start_at, i64 order_at) {
-  __shared__ int next[kMaxExperts];
-  __shared__ int sums[kWarp];
-  i32 *start = scratch<i32>(a, start_at), *order = scratch<i32>(a, order_at);
-  const int E = static_cast<int>(a.E), choices = static_cast<int>(a.T * a.K);
-  for (int e = threadIdx.x; e < E; e += blockDim.x) next[e] = 0;
-  __syncthreads();  // counters are zero
-  for (int pair = threadIdx.x; pair < choices; pair += blockDim.x) {
-    const int e = expert_of(a, pair);
-    if (e >= 0) add_shared(next + e, 1);
-  }
-  __syncthreads();  // counters are complete
-  int before = 0;
-  for (int first = 0; first < E; first += blockDim.x) {
-    const int e = first + threadIdx.x, count = e < E ? next[e] : 0;
-    int total;
-    const int offset = before + block_exclusive_sum(count, sums, total);
-    if (e < E) next[e] = start[e] = offset;
-    before += total;
-  }
-  if (threadIdx.x == 0) start[E] = before;
-  __syncthreads();  // every expert's first place is in next
-  for (int pair = threadIdx.x; pair < choices; pair += blockDim.x) {
-    const int e = expert_of(a, pair);
-    if (e >= 0) order[add_shared(next + e, 1)] = pair;
-  }
-}
-
-struct Members {
-  const i32* pair;
-  int count;
-};
-
-// The choices of expert e: from the sorted order, or, when there are few, by looking at all of them.
-__device__ __forceinline__ Members members_of(const MoeFfnArgs& a, const Layout& at, int e, i32* list, int* sums) {
-  const int choices = static_cast<int>(a.T * a.K);
-  if (choices > kScanned) {
-    const i32* start = scratch<i32>(a, at.start);
-    return {scratch<i32>(a, at.order) + start[e], start[e + 1] - start[e]};
-  }
-  constexpr int kEach = kScanned / kThreads;
-  bool mine[kEach];
-  int found = 0, total;
-  for (int k = 0; k < kEach; ++k) {
-    const int pair = threadIdx.x * kEach + k;
-    mine[k] = pair < choices && expert_of(a, pair) == e;
-    found += mine[k];
-  }
-  int place = block_exclusive_sum(found, sums, total);
-  for (int k = 0; k < kEach; ++k)
-    if (mine[k]) list[place++] = threadIdx.x * kEach + k;
-  __syncthreads();  // the list is complete
-  return {list, total};
-}
-
-// A pack at once, or element by element (zeros past the `left` last ones), so that both add up in the same order.
-template <class T, bool Packs>
-__device__ __forceinline__ Pack<T> load_some(const T* from, i64 stride, i64 left) {
-  if constexpr (Packs) return load_pack(from);
-  Pack<T> pack{};
-  for (int k = 0; k < Pack<T>::size; ++k)
-    if (k < left) pack.element[k] = from[k * stride];
-  return pack;
-}
-
-// sum[r][t] = <row r, token t> over C, in every lane, for R rows and up to kTile tokens; strides of single elements.
-template <class T, bool Packs, int R>
-__device__ __forceinline__ void dots(const T* const* rows, i64 row_stride, const T* const* tokens, i64 token_stride, int count,
-                                     i64 C, float (*sum)[kTile]) {
-  constexpr int P = Pack<T>::size;
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < kTile; ++t) sum[r][t] = 0;
-  for (i64 c = threadIdx.x % kWarp * P; c < C; c += kWarp * P) {
-    Pack<T> row[R];
-    for (int r = 0; r < R; ++r) row[r] = load_some<T, Packs>(rows[r] + c * row_stride, row_stride, C - c);
-#pragma unroll
-    for (int t = 0; t < kTile; ++t) {
-      if (t >= count) continue;  // not break: sums must stay in registers
-      const Pack<T> token = load_some<T, Packs>(tokens[t] + c * token_stride, token_stride, C - c);
-      for (int r = 0; r < R; ++r)
-        for (int k = 0; k < P; ++k) sum[r][t] += to_float(row[r].element[k]) * to_float(token.element[k]);
-    }
-  }
-#pragma unroll
-  for (int t = 0; t < kTile; ++t)
-    for (int r = 0; r < R; ++r)
-      if (t < count) sum[r][t] = warp_sum(sum[r][t]);
+__host__ __device__ Choices choices_of(const MoeFfnArgs& a) {
+  return {a.ids, a.ids_stride_t, a.ids_stride_k, static_cast<int>(a.E), static_cast<int>(a.T * a.K), static_cast<unsigned>(a.K)};
 }
 
 __device__ __forceinline__ float activate(const MoeFfnArgs& a, float g) {
@@ -139,7 +40,8 @@ __device__ __forceinline__ float activate(const MoeFfnArgs& a, float g) {
     case Act::gelu: return 0.5f * g * erfcf(-0.70710678f * g);
     case Act::gelu_tanh: return g / (1 + expf(-1.5957691216f * g * (1 + 0.044715f * g * g)));
     case Act::relu: return g > 0 || g != g ? g : 0;
-    default: return g > 0 || g != g ? g * g : 0;
+    case Act::relu2: return g > 0 || g != g ? g * g : 0;
+    default: return g;
   }
 }
 
@@ -152,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) moe_ffn_up_kernel(MoeFfnArgs a) {
   __shared__ int sums[kWarp];
   const Layout at(a);
   const int e = blockIdx.y, lane = threadIdx.x % kWarp;
-  const Members members = members_of(a, at, e, list, sums);
+  const Members members = members_of(choices_of(a), scratch<i32>(a, at.start), scratch<i32>(a, at.order), e, list, sums);
   const i64 i = static_cast<i64>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (i >= a.I) return;
   const i64 index[2] = {!a.gated ? i : a.interleaved ? 2 * i : i, !a.gated ? i : a.interleaved ? 2 * i + 1 : a.I + i};
@@ -194,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) moe_ffn_down_kernel(MoeFfnArgs a) {
   __shared__ int sums[kWarp];
   const Layout at(a);
   const int e = blockIdx.y, lane = threadIdx.x % kWarp;
-  const Members members = members_of(a, at, e, list, sums);
+  const Members members = members_of(choices_of(a), scratch<i32>(a, at.start), scratch<i32>(a, at.order), e, list, sums);
   const i64 o = static_cast<i64>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (o >= a.O) return;
   const T* row = static_cast<const T*>(a.down) + e * a.down_stride_e + o * a.down_stride_o;
@@ -223,16 +125,17 @@ __global__ void __launch_bounds__(kThreads) moe_ffn_sum_kernel(MoeFfnArgs a) {
   __shared__ int choice[kMaxChoices];
   __shared__ int valid;
   const Layout at(a);
+  const Choices choices = choices_of(a);
   const int K = static_cast<int>(a.K);
   for (i64 t = blockIdx.x; t < a.T; t += gridDim.x) {
     if (threadIdx.x == 0) valid = 0;
     __syncthreads();  // the last token's choices are done with, and the count is zero
     for (int k = threadIdx.x; k < K; k += blockDim.x) {
-      const int e = expert_of(a, static_cast<unsigned>(t * K + k));
+      const int e = choices.expert(static_cast<unsigned>(t * K + k));
       if (e < 0) continue;
       int before = 0;
       for (int other = 0; other < K; ++other) {
-        const int its = expert_of(a, static_cast<unsigned>(t * K + other));
+        const int its = choices.expert(static_cast<unsigned>(t * K + other));
         before += its >= 0 && (its < e || (its == e && other < k));
       }
       choice[before] = k;
@@ -249,26 +152,19 @@ __global__ void __launch_bounds__(kThreads) moe_ffn_sum_kernel(MoeFfnArgs a) {
 }
 
 template <class T>
-bool packable(const void* p, i64 C, i64 stride_c, std::initializer_list<i64> strides) {
-  bool fits = reinterpret_cast<std::uintptr_t>(p) % 16 == 0 && stride_c == 1 && C % Pack<T>::size == 0;
-  for (const i64 stride : strides) fits = fits && stride % Pack<T>::size == 0;
-  return fits;
-}
-
-template <class T>
 void run(const MoeFfnArgs& a, void* stream) {
-  const auto blocks = [](i64 rows) { return static_cast<unsigned>((rows + kWarps - 1) / kWarps); };
   const unsigned E = static_cast<unsigned>(a.T * a.K ? a.E : 0);
   const Layout at(a);
   if (a.T * a.K > kScanned)
-    launch("moe_ffn_sort_kernel", moe_ffn_sort_kernel, dim3(1), dim3(1024), stream, a, at.start, at.order);
+    launch("moe_ffn_sort_kernel", moe_ffn_sort_kernel, dim3(1), dim3(1024), stream, choices_of(a),
+           scratch<i32>(a, at.start), scratch<i32>(a, at.order));
   const bool up_packs = packable<T>(a.x, a.H, a.x_stride_h, {a.x_stride_t}) &&
                         packable<T>(a.up, a.H, a.up_stride_h, {a.up_stride_e, a.up_stride_r});
   const auto up = up_packs ? moe_ffn_up_kernel<T, true> : moe_ffn_up_kernel<T, false>;
-  launch("moe_ffn_up_kernel", up, dim3(blocks(a.I), E), dim3(kThreads), stream, a);
+  launch("moe_ffn_up_kernel", up, dim3(blocks_of(a.I), E), dim3(kThreads), stream, a);
   const bool down_packs = packable<T>(a.down, a.I, a.down_stride_i, {a.down_stride_e, a.down_stride_o});
   const auto down = down_packs ? moe_ffn_down_kernel<T, true> : moe_ffn_down_kernel<T, false>;
-  launch("moe_ffn_down_kernel", down, dim3(blocks(a.O), E), dim3(kThreads), stream, a);
+  launch("moe_ffn_down_kernel", down, dim3(blocks_of(a.O), E), dim3(kThreads), stream, a);
   launch("moe_ffn_sum_kernel", moe_ffn_sum_kernel<T>, dim3(grid_for(a.T)), dim3(kThreads), stream, a);
 }
 

@@ -1,7 +1,9 @@
 """The ops: one file each, named as in ``csrc/ops``."""
 
+from effvlm.ops.grouped_linear import grouped_linear
 from effvlm.ops.moe_ffn import moe_ffn
+from effvlm.ops.moe_route import MoeRoute, moe_route
 from effvlm.ops.token_match import TokenMatch, token_match
 from effvlm.ops.token_merge import TokenMerge, token_merge
 
-__all__ = ["TokenMatch", "TokenMerge", "moe_ffn", "token_match", "token_merge"]
+__all__ = ["MoeRoute", "TokenMatch", "TokenMerge", "grouped_linear", "moe_ffn", "moe_route", "token_match", "token_merge"]

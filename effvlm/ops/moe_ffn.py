@@ -13,7 +13,7 @@ SCHEMA = (
     "(Tensor x, Tensor ids, Tensor weight, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, "
     "str act, bool gated, bool interleaved, float alpha, float limit, float offset) -> Tensor"
 )
-ACTS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+ACTS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity")
 
 
 def check(
@@ -77,6 +77,8 @@ def activation(x: torch.Tensor, act: str, alpha: float) -> torch.Tensor:
         return x * torch.sigmoid(alpha * x)
     if act in ("gelu", "gelu_tanh"):
         return F.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
+    if act == "identity":
+        return x
     return torch.relu(x) ** (2 if act == "relu2" else 1)
 
 
@@ -149,7 +151,8 @@ def moe_ffn(
         down: (E, O, I).
         up_bias: (E, 2·I) or (E, I).
         down_bias: (E, O).
-        act: ``"silu"`` (g·σ(alpha·g)), ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"relu2"`` (squared relu).
+        act: ``"silu"`` (g·σ(alpha·g)), ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, ``"relu2"`` (squared relu) or
+            ``"identity"`` (a mixture of LoRA experts: ``up`` (E, rank, H), ``down`` (E, O, rank), not gated).
         gated: whether ``up`` has gate and up rows.
         interleaved: whether they alternate (gpt-oss), instead of all gates first.
         alpha: inside the sigmoid of ``"silu"``.

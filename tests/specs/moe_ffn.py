@@ -35,6 +35,7 @@ CASES = (
     Case("ungated", _sizes(11, 2, 5, 32, 40), {"act": "relu2", "gated": False}),
     Case("gpt_oss", _sizes(9, 2, 4, 48, 32), GPT_OSS),
     Case("interleaved", _sizes(6, 2, 4, 40, 23), {"interleaved": True, "act": "gelu"}),
+    Case("lora", _sizes(21, 2, 6, 48, 8), {"act": "identity", "gated": False}),
     Case("clamped", _sizes(17, 2, 4, 48, 32), {"limit": 0.5}),
     Case("transposed", _sizes(33, 2, 5, 50, 70), {"transposed": True}),
     Case("narrow", _sizes(20, 2, 3, 1, 1), {"bias": True}),

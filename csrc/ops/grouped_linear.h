@@ -1,0 +1,70 @@
+// grouped_linear — each token through the linear layer that its id names
+//
+// Math       out[t,:] = weight[e] · x[t,:] + bias[e],  e = ids[t]
+// Shapes     x (T,C) · ids (T) i64 · weight (E,O,C) · bias (E,O) or absent → out (T,O)
+// Layout     any strides; weights with contiguous C are read in place, others through a packed copy of a few rows; out contiguous
+// Types      x, weight, bias, out all f32, f16 or bf16; sums in f32; one rounding at the store
+// Edges      ids −1 and E: the row of out is zeros; other ids outside 0 … E−1: the CPU raises, CUDA writes zeros; C = 0 → the bias;
+//            T, E or O = 0 → no work, or zeros; NaN stays in its token
+// Order      sums over C as in moe_ffn's products; same bits for any thread count; no atomics
+// Parallel   CPU: (expert, rows of its weight) over threads.  CUDA: a sort when there are over 1,024 tokens, then a warp per (expert,
+//            column)
+// Cost       reads each needed layer once, O·C·e bytes; 2·T·O·C flops; extra memory T·C·e bytes for packed tokens (CPU), none (CUDA)
+// Why so     the products of moe_ffn, whose tokens are already in rows: no gather, no gate, no sum over choices
+// Not for    one layer for all (a plain GEMM); several choices per token with weights (moe_ffn with act identity); many tokens on
+//            CUDA (no tensor cores)
+#pragma once
+#include "ops/moe_ffn.h"
+
+namespace effvlm {
+
+struct GroupedLinearArgs {
+  std::int64_t T, E, C, O;
+  Dtype dtype;
+  const void* x;  // (T,C)
+  std::int64_t x_stride_t, x_stride_c;
+  const std::int64_t* ids;  // (T)
+  std::int64_t ids_stride;
+  const void* weight;  // (E,O,C)
+  std::int64_t weight_stride_e, weight_stride_o, weight_stride_c;
+  const void* bias;  // (E,O) or null
+  std::int64_t bias_stride_e, bias_stride_o;
+  void* out;        // (T,O)
+  void* workspace;  // GroupedLinearLayout(...).bytes, or grouped_linear_workspace_cuda(args)
+  std::int64_t workspace_bytes;
+  int threads;  // CPU only
+};
+
+namespace {  // internal linkage: compiled once per ISA level, and the linker must not merge the copies
+
+// CPU workspace, offsets in bytes: i32 (E+1), i32 (T), i32 (E+1), x with contiguous channels, x as packed blocks; per thread: f32
+// sums, copied rows of weights, rows as words.
+struct GroupedLinearLayout {
+  std::int64_t x_stride, row_stride, block;  // elements; 32-bit words
+  std::int64_t start, order, first_block, x, blocks, sums, rows, copy, bytes = 0;
+
+  GroupedLinearLayout(const GroupedLinearArgs& a, bool pairs) {
+    const std::int64_t size = a.dtype == Dtype::f32 ? 4 : 2, crowded = a.T / (kMoeFewTokens + 1);
+    const auto take = [&](std::int64_t count) {
+      const std::int64_t offset = bytes;
+      bytes += (count + 63) / 64 * 64;
+      return offset;
+    };
+    x_stride = row_stride = (a.C + 63) / 64 * 64, block = kMoeBlock * (pairs ? (a.C + 1) / 2 : a.C);
+    start = take(4 * (a.E + 1)), order = take(4 * a.T), first_block = take(4 * (a.E + 1));
+    x = take(a.x_stride_c != 1 ? a.T * x_stride * size : 0);
+    blocks = take(4 * block * (a.T / kMoeBlock + (crowded < a.E ? crowded : a.E)));
+    sums = take(4 * a.threads * kMoeTokens * kMoeSums);
+    rows = take(a.weight_stride_c != 1 ? a.threads * kMoeDownRows * row_stride * size : 0);
+    copy = take(4 * a.threads * kMoeCopiedRows * row_stride);
+  }
+};
+
+}  // namespace
+
+std::int64_t grouped_linear_workspace_cuda(const GroupedLinearArgs& args);
+
+EFFVLM_DECLARE_CPU(grouped_linear, GroupedLinearArgs)
+void grouped_linear_cuda(const GroupedLinearArgs& args, int device, void* stream);
+
+}  // namespace effvlm
