@@ -15,7 +15,7 @@ import effvlm
 from effvlm import _library, demo
 from effvlm.hf import experts, own_experts
 
-UNFUSED = {"Inkling2Experts", "MuseSparkExperts"}  # a gate of two arguments; a norm after each expert
+UNFUSED = {"Inkling2Experts", "MuseSparkExperts"}  # a gate with parameters; a norm after each expert
 
 
 def run(module: Any, implementation: str, *args: torch.Tensor) -> torch.Tensor:
@@ -37,13 +37,18 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens each call of our kernel had."""
     made: list[int] = []
-    kernel = experts.moe_ffn
 
-    def counted(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        made.append(len(x))
-        return kernel(x, *args, **kwargs)
+    def count(name: str) -> None:
+        kernel = getattr(experts, name)
 
-    monkeypatch.setattr(experts, "moe_ffn", counted)
+        def counted(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            made.append(len(x))
+            return kernel(x, *args, **kwargs)
+
+        monkeypatch.setattr(experts, name, counted)
+
+    count("moe_ffn")
+    count("experts_in_parts")
     return made
 
 
@@ -61,7 +66,8 @@ def test_every_family_computes_what_it_did(family: str, calls: list[int]) -> Non
             eager = run(module, "eager", x, ids, weights) if tokens else torch.zeros(0, width)
             calls.clear()
             got = run(module, experts.KEY, x, ids, weights)
-            assert calls == ([] if cls.__name__ in UNFUSED else [tokens]), experts.why_not(module)
+            assert calls == [tokens], experts.why_not(module)
+            assert (experts._fused_gate(module) is None) == (cls.__name__ in UNFUSED)
             torch.testing.assert_close(got, eager, rtol=2e-5, atol=2e-5)
 
 
@@ -70,15 +76,26 @@ def test_the_list_of_families_is_not_empty() -> None:
     assert all(expert_classes(family) for family in families())
 
 
-def test_a_gate_nobody_knows_is_delegated_and_right() -> None:
+def test_a_gate_nobody_knows_is_called_between_our_products(calls: list[int]) -> None:
     (cls,) = expert_classes("mixtral.modeling_mixtral")
     module = tiny(cls)
     module._apply_gate = lambda rows: rows.chunk(2, dim=-1)[0].sin() * rows.chunk(2, dim=-1)[1]
     x, ids, weights = torch.randn(5, 32), torch.randint(EXPERTS, (5, 2)), torch.rand(5, 2)
-    assert "gate is none that is fused" in experts.why_not(module)
-    with pytest.warns(UserWarning, match="gate is none"):
-        got = run(module, experts.KEY, x, ids, weights)
-    torch.testing.assert_close(got, run(module, "grouped_mm", x, ids, weights))
+    got = run(module, experts.KEY, x, ids, weights)
+    assert calls == [5]
+    torch.testing.assert_close(got, run(module, "grouped_mm", x, ids, weights), rtol=1e-5, atol=1e-5)
+    report = experts.EnableReport()
+    experts._select("it", module, report, [])
+    assert report.modules == {"it": "grouped_linear twice, with the module's own gate"}
+
+
+def test_weights_that_are_elsewhere_are_delegated(calls: list[int]) -> None:
+    (cls,) = expert_classes("mixtral.modeling_mixtral")
+    module = tiny(cls).to("meta")
+    assert "weights are on meta (offloaded?)" in experts.why_not(module)
+    report = experts.EnableReport()
+    experts._select("it", module, report, [])
+    assert "offloaded" in report.fallbacks["it"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -125,12 +142,12 @@ def test_compiled_without_graph_breaks() -> None:
 # ---- families that compute their experts themselves ----
 
 
-def _own(family: str, name: str, config: str, **sizes: Any) -> Any:
+def _own(family: str, name: str, config: str, options: Any = None, **sizes: Any) -> Any:
     import importlib
 
-    package = importlib.import_module(f"transformers.models.{family}")
+    package = importlib.import_module(f"transformers.models.{family}.configuration_{family}")
     made = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name)(
-        getattr(package, config)(**sizes)
+        getattr(package, config)(**sizes), **(options or {})
     )
     generator = torch.Generator().manual_seed(0)
     for parameter in made.parameters():
@@ -153,45 +170,136 @@ OWN = {
     "Step3p7Experts": lambda: _own(
         "step3p7", "Step3p7Experts", "Step3p7TextConfig", hidden_size=32, moe_intermediate_size=24, num_local_experts=4
     ),
+    "DbrxExperts": lambda: _own(
+        "dbrx", "DbrxExperts", "DbrxFFNConfig", hidden_size=32, ffn_hidden_size=24, moe_num_experts=4, moe_top_k=2
+    ),
+    "SwitchTransformersExperts": lambda: _own(
+        "switch_transformers", "SwitchTransformersExperts", "SwitchTransformersConfig", d_model=32, d_ff=24, num_experts=4
+    ),
+    "NllbMoeExperts": lambda: _own(
+        "nllb_moe", "NllbMoeExperts", "NllbMoeConfig", {"ffn_dim": 24}, d_model=32, num_experts=4, moe_token_dropout=0.2
+    ),
+    "VitPoseNaiveMoe": lambda: _own(
+        "vitpose_backbone", "VitPoseNaiveMoe", "VitPoseBackboneConfig", hidden_size=16, mlp_ratio=2, part_features=6,
+        num_experts=4,
+    ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OWN)
-def test_own_forwards_compute_what_they_did(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = OWN[name]()
-    assert type(module).__name__ == name
+def _own_args(name: str) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(2, 7, 32, generator=generator), torch.rand(14, 4, generator=generator)
+    if name in ("Llama4TextMoe", "JetMoeMoE"):
+        return (x,)
+    if name == "VitPoseNaiveMoe":
+        return x, torch.tensor([3, 1]).view(2, 1, 1)
+    ids = torch.stack([torch.randperm(6 if "Longcat" in name else 4, generator=generator)[:2] for _ in range(14)])
+    one_hot = torch.nn.functional.one_hot(ids % 4, 4)
+    if name == "SwitchTransformersExperts":
+        one_hot[3] = 0  # no room
+        return x.flatten(0, 1), one_hot[:, :1], weight[:, :1]
+    if name == "NllbMoeExperts":
+        return x.flatten(0, 1), one_hot[:, 0], weight
+    return x.flatten(0, 1), ids, weight[:, :2]
+
+
+@pytest.fixture
+def own_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry per call of a kernel by a forward of ours."""
     made: list[int] = []
-    kernel = own_experts.moe_ffn
-    monkeypatch.setattr(own_experts, "moe_ffn", lambda *a, **k: made.append(1) or kernel(*a, **k))
-    x = torch.randn(2, 7, 32)
-    args: tuple[torch.Tensor, ...] = (x,)
-    if name.endswith("Experts"):
-        args = (
-            x.flatten(0, 1),
-            torch.stack([torch.randperm(6 if "Longcat" in name else 4)[:2] for _ in range(14)]),
-            torch.rand(14, 2),
-        )
+    for name in ("moe_ffn", "grouped_linear", "experts_in_parts"):
+        kernel = getattr(own_experts, name)
+        monkeypatch.setattr(own_experts, name, lambda *a, kernel=kernel, **k: made.append(1) or kernel(*a, **k))
+    return made
+
+
+def replace(module: Any, *, free_original: bool = False) -> tuple[experts.EnableReport, list[Any]]:
     report, undo = experts.EnableReport(), []
+    experts._replace("it", module, report, undo, {}, free_original)
+    return report, undo
+
+
+@pytest.mark.parametrize("free_original", [False, True])
+@pytest.mark.parametrize("name", OWN)
+def test_own_forwards_compute_what_they_did(name: str, free_original: bool, own_calls: list[int]) -> None:
+    module, args = OWN[name](), _own_args(name)
+    assert type(module).__name__ == name
+    state = torch.random.get_rng_state()
     with torch.no_grad():
         wanted = module(*args)
-        experts._replace("it", module, report, undo)
-        assert report.modules == {"it": f"moe_ffn in place of {name}.forward"}
+        report, undo = replace(module, free_original=free_original)
+        assert f"in place of {name}.forward" in report.modules["it"]
+        packs = name in ("SwitchTransformersExperts", "NllbMoeExperts", "VitPoseNaiveMoe")
+        assert ("packed copy of" in report.modules["it"]) == (packs and not free_original)
+        own_calls.clear()
         got = module(*args)
-        assert len(made) == 1
+        assert len(own_calls) == 1
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
+        next(module.parameters()).add_(0.5)  # what is packed follows
+        torch.testing.assert_close(module(*args), type(module).forward(module, *args), rtol=1e-5, atol=1e-4)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert len(own_calls) == 2
     assert module(*(a.requires_grad_(a.is_floating_point()) for a in args)) is not None
-    assert len(made) == 1  # with grad, the class's own forward
+    assert len(own_calls) == 2  # with grad, the class's own forward
     undo[0]()
     assert "forward" not in vars(module)
 
 
-def test_a_clamp_after_the_activation_is_not_taken_for_one_before() -> None:
-    module = OWN["Step3p7Experts"]()
+def test_a_clamp_after_the_activation_is_not_taken_for_one_before(own_calls: list[int]) -> None:
+    module, args = OWN["Step3p7Experts"](), _own_args("Step3p7Experts")
     module.limit = 0.5
-    report = experts.EnableReport()
-    experts._replace("it", module, report, [])
-    assert "gate is none that is fused" in report.fallbacks["it"]
-    assert "forward" not in vars(module)
+    with torch.no_grad():
+        wanted = module(*args)
+        replace(module)
+        torch.testing.assert_close(module(*args), wanted, rtol=1e-5, atol=1e-5)
+    assert own_experts.gate_of(module, own_experts._find_gate) is None
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_class_that_computes_something_else_is_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an upgrade of transformers: found by trying, and said."""
+    module, args = OWN[name](), _own_args(name)
+    cls, plain = type(module), type(module).forward
+
+    def changed(self: Any, *args: Any) -> Any:
+        out = plain(self, *args)
+        return (out[0] * 1.05, *out[1:]) if isinstance(out, tuple) else out * 1.05
+
+    monkeypatch.setattr(cls, "forward", changed)
+    report, undo = replace(module)
+    assert "it computes something else" in report.fallbacks["it"]
+    assert not undo
+    with torch.no_grad():
+        first = [o[0] if isinstance(o, tuple) else o for o in (module(*args), plain(module, *args))]
+    torch.testing.assert_close(first[0], first[1] * 1.05)
+
+
+def test_packed_experts_are_said_once_and_saved_as_ever(tmp_path: Any) -> None:
+    from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+    config = SwitchTransformersConfig(
+        d_model=16, d_kv=4, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=2, num_experts=3, vocab_size=32,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = SwitchTransformersForConditionalGeneration(config).eval()
+    ids = torch.randint(2, 32, (2, 9))
+    plain = model.generate(ids, max_new_tokens=6, do_sample=False)
+    values = {k: v.clone() for k, v in model.state_dict().items()}
+    report = effvlm.enable(model, free_original=True)
+    assert len(report.modules) == 2
+    assert not report.fallbacks
+    assert "MiB" not in str(report)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), plain)
+    model.save_pretrained(tmp_path)
+    again = SwitchTransformersForConditionalGeneration.from_pretrained(tmp_path)
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, values[name]), name
+    effvlm.disable(model)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), plain)
+    again.eval()
+    assert "packed copy of 0.0 MiB" in str(effvlm.enable(again))
+    assert torch.equal(again.generate(ids, max_new_tokens=6, do_sample=False), plain)
 
 
 def test_llama4_generates_the_same() -> None:
@@ -287,13 +395,13 @@ def test_a_copy_of_a_replaced_module_works_and_a_changed_gate_is_seen() -> None:
     x = torch.randn(1, 5, 32)
     with torch.no_grad():
         wanted = module(x)
-        experts._replace("it", module, experts.EnableReport(), [])
+        replace(module)
         torch.testing.assert_close(copy.deepcopy(module)(x), wanted, rtol=1e-5, atol=1e-4)
     (cls,) = expert_classes("mixtral.modeling_mixtral")
     decorated = tiny(cls)
-    assert experts.why_not(decorated) == ""
+    assert experts._fused_gate(decorated) is not None
     decorated.act_fn = torch.nn.Tanh()
-    assert "gate is none" in experts.why_not(decorated, again=True)
+    assert experts._fused_gate(decorated, again=True) is None
 
 
 def test_copies_and_models_without_experts() -> None:
@@ -310,22 +418,14 @@ def test_copies_and_models_without_experts() -> None:
         effvlm.enable(torch.nn.Linear(2, 2))
 
 
-def test_families_outside_the_registry_are_named() -> None:
-    from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+def test_families_that_are_left_alone_are_named() -> None:
+    from transformers import DogeConfig, DogeForCausalLM
 
-    config = SwitchTransformersConfig(
-        d_model=16,
-        d_kv=4,
-        d_ff=16,
-        num_layers=2,
-        num_decoder_layers=2,
-        num_heads=2,
-        num_experts=2,
-        vocab_size=32,
-        num_sparse_encoder_layers=1,
-        num_sparse_decoder_layers=1,
-    )
-    report = effvlm.enable(SwitchTransformersForConditionalGeneration(config))
+    config = DogeConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=32,
+        is_moe=True, num_experts=16, num_experts_per_tok=2,
+    )  # fmt: skip
+    report = effvlm.enable(DogeForCausalLM(config))
     assert not report.modules
-    assert report.fallbacks
-    assert "not through transformers' registry" in str(report)
+    assert len(report.fallbacks) == 2
+    assert "single neurons" in str(report)

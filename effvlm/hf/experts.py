@@ -1,7 +1,7 @@
 """``effvlm.enable``: routed experts of a Hugging Face model through :func:`effvlm.moe_ffn`, by transformers' own registry.
 
 transformers asks ``config._experts_implementation`` on every call for the function that computes a module's experts; we register
-one under ``"effvlm"`` and select it. Weights are read where they are: nothing is packed, copied or replaced.
+one under ``"effvlm"`` and select it. Families that do not ask get a forward per instance (:mod:`effvlm.hf.own_experts`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from effvlm._library import FLOATS, say_once
 from effvlm.hf import own_experts
 from effvlm.hf.gates import Gate, gate_of, match_gate
+from effvlm.hf.in_parts import by_id, experts_in_parts
 from effvlm.ops.moe_ffn import moe_ffn
 
 KEY = "effvlm"
@@ -77,10 +78,8 @@ def find_gate(module: Any) -> Gate | None:
     return match_gate(apply, gated=module.has_gate, limits=known("limit", "swiglu_limit"), alphas=known("alpha", "swiglu_alpha"))
 
 
-def why_not(module: Any, *, again: bool = False) -> str:
-    """Why a module's experts cannot run on our kernel; empty when they can. ``again``: look at its gate anew."""
-    if module.has_post_expert_norm:
-        return "a norm after each expert is not fused yet; transformers' grouped_mm runs"
+def why_not(module: Any) -> str:
+    """Why a module's experts cannot run on our kernels; empty when they can."""
     for weight in _weights(module):
         if weight.dtype not in FLOATS or type(weight) not in (torch.Tensor, torch.nn.Parameter):
             return (
@@ -88,8 +87,6 @@ def why_not(module: Any, *, again: bool = False) -> str:
             )
         if weight.device.type not in ("cpu", "cuda"):
             return f"weights are on {weight.device} (offloaded?); transformers' grouped_mm runs"
-    if gate_of(module, find_gate, again=again) is None:
-        return "its gate is none that is fused; transformers' grouped_mm runs"
     return ""
 
 
@@ -106,12 +103,23 @@ def experts_forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch
         if reason or trained:
             say_once(f"experts: {reason}", f"effvlm: {reason or 'training runs transformers grouped_mm, which has a backward'}")
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_states, top_k_index, top_k_weights)
-    found = gate_of(module, find_gate)
-    assert found is not None
+    found = _fused_gate(module)
     up_bias, down_bias = _biases(module)
     x, weights = hidden_states.to(up.dtype), top_k_weights.float()
-    out = moe_ffn(x, top_k_index, weights, up, down, up_bias=up_bias, down_bias=down_bias, **vars(found))
+    if found is not None:
+        out = moe_ffn(x, top_k_index, weights, up, down, up_bias=up_bias, down_bias=down_bias, **vars(found))
+    else:
+        between, after = module._apply_gate if module.has_gate else module.act_fn, None
+        if module.has_post_expert_norm:
+            after = module.post_expert_norm
+        first, second = by_id(top_k_index, up, up_bias), by_id(top_k_index, down, down_bias)
+        out = experts_in_parts(x, top_k_index, weights, first, between, second, after)
     return out.to(hidden_states.dtype)
+
+
+def _fused_gate(module: Any, *, again: bool = False) -> Gate | None:
+    """The gate with which all of an expert is one call of :func:`effvlm.moe_ffn`; None where something else comes between."""
+    return None if module.has_post_expert_norm else gate_of(module, find_gate, again=again)
 
 
 def enable(model: Any, free_original: bool = False) -> EnableReport:
@@ -127,8 +135,9 @@ def enable(model: Any, free_original: bool = False) -> EnableReport:
 
     Args:
         model: a Hugging Face model.
-        free_original: for kernels that keep a packed copy of the weights: drop the original. None does so far (weights are
-            read in place), so both values do the same.
+        free_original: where experts are modules of their own (Switch, NLLB, ViTPose) the kernels need them in one tensor, a
+            copy that the report states; with True the parameters become views of it, so that memory stays as it was. All other
+            weights are read in place, and both values do the same.
 
     Returns:
         The report. Calling it again returns the same one.
@@ -145,39 +154,46 @@ def enable(model: Any, free_original: bool = False) -> EnableReport:
     ALL_EXPERTS_FUNCTIONS.register(KEY, experts_forward)
     report = EnableReport()
     undo: list[Callable[[], None]] = []
+    tried: dict[str, bool] = {}
     for name, module in model.named_modules():
         if _is_experts(module):
             _select(name, module, report, undo)
-        elif type(module).__name__ in own_experts.FORWARDS:
-            _replace(name, module, report, undo)
+        elif type(module).__name__ in own_experts.FAMILIES:
+            _replace(name, module, report, undo, tried, free_original)
         elif type(module).__name__.endswith(_UNDECORATED) and not any(map(_is_known, module.modules())):
-            report.fallbacks[name] = f"{type(module).__name__} computes its experts itself, not through transformers' registry"
+            kind = type(module).__name__
+            known = own_experts.LEFT_ALONE.get(kind, "it computes its experts itself, not through transformers' registry")
+            report.fallbacks[name] = f"{kind}: {known}"
     _before[model] = (undo, report)
     return report
 
 
 def _is_known(module: torch.nn.Module) -> bool:
-    return _is_experts(module) or type(module).__name__ in own_experts.FORWARDS
+    return _is_experts(module) or type(module).__name__ in own_experts.FAMILIES
 
 
 def _select(name: str, module: Any, report: EnableReport, undo: list[Callable[[], None]]) -> None:
-    reason = why_not(module, again=True)
+    reason = why_not(module)
     if reason:
         report.fallbacks[name] = reason
     else:
-        report.modules[name] = f"moe_ffn, {gate_of(module, find_gate)}"
+        found = _fused_gate(module, again=True)
+        between = "gate and norm" if module.has_post_expert_norm else "gate"
+        report.modules[name] = f"moe_ffn, {found}" if found else f"grouped_linear twice, with the module's own {between}"
     config, before = module.config, module.config._experts_implementation
     if before != KEY:
         config._experts_implementation_internal = KEY  # what set_experts_implementation sets, at any depth of sub-configs
         undo.append(lambda: setattr(config, "_experts_implementation_internal", before))
 
 
-def _replace(name: str, module: Any, report: EnableReport, undo: list[Callable[[], None]]) -> None:
-    reason = own_experts.why_not(module)
+def _replace(
+    name: str, module: Any, report: EnableReport, undo: list[Callable[[], None]], tried: dict[str, bool], free_original: bool
+) -> None:
+    reason = own_experts.why_not(module, tried)
     if reason:
         report.fallbacks[name] = reason
         return
-    report.modules[name] = f"moe_ffn in place of {type(module).__name__}.forward"
+    report.modules[name] = own_experts.prepare(module, free_original=free_original)
     module.forward = MethodType(own_experts.forward, module)
     undo.append(lambda: delattr(module, "forward"))
 

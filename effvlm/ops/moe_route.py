@@ -102,7 +102,7 @@ def reference(
     by_expert: bool,
 ) -> Tensors:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    scores = {"softmax": lambda: wide.softmax(-1), "sigmoid": wide.sigmoid, "none": lambda: wide}[score]()
+    scores = wide if score == "none" else wide.sigmoid() if score == "sigmoid" else wide.softmax(-1)
     choice = wide if bias is None else scores + bias  # scores alone have the order of their logits
     valid = torch.ones_like(wide, dtype=torch.bool) if mask is None else mask[:, None].expand(wide.shape)
     if by_expert:
