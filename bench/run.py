@@ -75,11 +75,23 @@ def implementations(spec: Spec, args: tuple[Any, ...], options: argparse.Namespa
     return runs
 
 
+def add_prepared(spec: Spec, args: tuple[Any, ...], runs: dict[str, Callable[[], Any]]) -> list[str]:
+    """Peers that get ready first; returns why some are missing."""
+    missing = []
+    for name, prepare in spec.prepared.items():
+        try:
+            runs[name] = prepare(*args)
+        except ValueError as why:
+            missing.append(str(why))
+    return missing
+
+
 def bench_case(spec: Spec, case: Case, dtype: torch.dtype, options: argparse.Namespace, limits: dict[str, Any]) -> list[Row]:
     args = spec.inputs(case, dtype, torch.Generator().manual_seed(0))
     args = tuple(a.to(options.device) if isinstance(a, torch.Tensor) else a for a in args)
     error = check(spec, args, spec.call(*args))
     runs = implementations(spec, args, options)
+    missing = add_prepared(spec, args, runs)
     timer = time_cuda if options.device == "cuda" else time_cpu
     seconds = 0.2 if options.quick else 1.0 if options.device == "cuda" else 6.0
     timings = timer(runs, budget=seconds, least=3 if options.quick else 30)
@@ -105,7 +117,8 @@ def bench_case(spec: Spec, case: Case, dtype: torch.dtype, options: argparse.Nam
                 "peak_extra_mb": round((peak_extra_bytes(runs[name], options.device) or 0) / 2**20, 2),
             }
         )
-    return rows
+    same = {"op": spec.op, "case": str(case), "dtype": str(dtype).removeprefix("torch.")}
+    return rows + [{**same, "implementation": why} for why in missing]
 
 
 def print_rows(console: Console, rows: list[Row]) -> None:
@@ -118,7 +131,7 @@ def print_rows(console: Console, rows: list[Row]) -> None:
         table.add_section()
         table.add_row(f"[bold]{op}[/]")
         for row in (r for r in rows if r["op"] == op):
-            cells = [row[c] for c in shown]
+            cells = [row.get(c) for c in shown]
             table.add_row(
                 *("" if c is None else f"{c:.1e}" if k == "max_error" else str(c) for k, c in zip(shown, cells, strict=True))
             )

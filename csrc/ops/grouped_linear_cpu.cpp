@@ -2,6 +2,7 @@
 #include "core/dispatch.h"
 #include "ops/grouped_linear.h"
 #include "ops/moe_ffn_lists.h"
+#include "ops/moe_ffn_turned.h"
 
 namespace effvlm::EFFVLM_ISA {
 namespace {
@@ -27,12 +28,14 @@ struct Layers {
     return scratch<float>(at.blocks) + (scratch<i32>(at.first_block)[e] + c / kMoeBlock) * at.block;
   }
 
-  // What no layer writes, and tokens whose channels are not contiguous.
+  // What no layer writes, and tokens that are not read where they are.
   void prepare() const {
     for (i64 t = 0; t < a.T; ++t) {
       const i64 e = a.ids[t * a.ids_stride];
       if (e < 0 || e >= a.E) std::memset(static_cast<char*>(a.out) + t * a.O * sizeof(T), 0, a.O * sizeof(T));
-      for (i64 c = 0; a.x_stride_c != 1 && c < a.C; ++c)
+      if (at.turned)
+        to_words(static_cast<const T*>(a.x) + t * a.x_stride_t, a.x_stride_c, a.C, scratch<float>(at.x) + t * at.words);
+      for (i64 c = 0; !at.turned && a.x_stride_c != 1 && c < a.C; ++c)
         scratch<T>(at.x)[t * at.x_stride + c] = static_cast<const T*>(a.x)[t * a.x_stride_t + c * a.x_stride_c];
     }
   }
@@ -48,10 +51,10 @@ struct Layers {
     pack_block(rows, count, a.C, blocks(e, c));
   }
 
-  void write(i64 count, const i32* tokens, i64 o, i64 n, const float* sums) const {
+  void write(i64 count, const i32* tokens, i64 o, i64 n, const float* sums, i64 stride) const {
     for (i64 c = 0; c < count; ++c) {
       T* to = static_cast<T*>(a.out) + tokens[c] * a.O + o;
-      const float* from = sums + c * kMoeSums;
+      const float* from = sums + c * stride;
       for_lanes(
           n, [&](i64 i) { store(to + i, load(from + i)); }, [&](i64 i, int rest) { store(to + i, load(from + i, rest), rest); });
     }
@@ -67,29 +70,50 @@ struct Layers {
     const auto many = [&](i64 c0, i64 count, const i32* tokens) {
       float* copy = scratch<float>(at.copy) + thread * kMoeCopiedRows * at.row_stride;
       product_many(rows, n, blocks(e, c0), at.block, count, a.C, bias, sums, copy);
-      write(count, tokens, o, n, sums);
+      write(count, tokens, o, n, sums, kMoeSums);
     };
     const auto few = [&](i64 count, const i32* tokens) {
       const T* some[kMoeFewTokens];
       for (i64 c = 0; c < count; ++c) some[c] = token(tokens[c]);
       product_few(rows, n, some, count, a.C, bias, sums, kMoeSums);
-      write(count, tokens, o, n, sums);
+      write(count, tokens, o, n, sums, kMoeSums);
     };
     lists().each_chunk(e, 0, lists().tokens_of(e), many, few);
+  }
+
+  // The same where the weights are stored transposed.
+  void multiply_turned(i64 e, i64 o, i64 n, int thread) const {
+    float bias[kTurnedStride] = {}, *sums = scratch<float>(at.sums) + thread * kTurnedChunk * kTurnedStride;
+    take_bias<T>(a.bias, e * a.bias_stride_e + o * a.bias_stride_o, a.bias_stride_o, n, bias);
+    const T* weight = static_cast<const T*>(a.weight) + e * a.weight_stride_e + o;
+    lists().each_run(e, kTurnedChunk, [&](i64 count, const i32* tokens) {
+      const float* words[kTurnedChunk];
+      for (i64 c = 0; c < count; ++c) {
+        words[c] = scratch<float>(at.x) + tokens[c] * at.words;
+        std::memcpy(sums + c * kTurnedStride, bias, sizeof bias);
+      }
+      product_turned(weight, a.weight_stride_c, n, a.C, words, count, sums, kTurnedStride);
+      write(count, tokens, o, n, sums, kTurnedStride);
+    });
   }
 
   void run() const {
     lists().sort("grouped_linear", a.T, 1, a.ids, a.ids_stride, 0);
     lists().count_blocks(scratch<i32>(at.first_block));
     prepare();
-    parallel_for(scratch<i32>(at.first_block)[a.E], 4, a.threads, [&](i64 begin, i64 end, int) {
+    parallel_for(at.turned ? 0 : scratch<i32>(at.first_block)[a.E], 4, a.threads, [&](i64 begin, i64 end, int) {
       for (i64 number = begin; number < end; ++number) pack(number);
     });
-    const i64 tasks = (a.O + kMoeDownRows - 1) / kMoeDownRows;
+    const i64 tasks = (a.O + at.out_rows - 1) / at.out_rows;
     parallel_for(a.E * tasks, 1, a.threads, [&](i64 begin, i64 end, int thread) {
       for (i64 task = begin; task < end; ++task) {
-        const i64 e = task / tasks, o = task % tasks * kMoeDownRows;
-        if (lists().tokens_of(e)) multiply(e, o, a.O - o < kMoeDownRows ? a.O - o : kMoeDownRows, thread);
+        const i64 e = task / tasks, o = task % tasks * at.out_rows, n = a.O - o < at.out_rows ? a.O - o : at.out_rows;
+        if (!lists().tokens_of(e)) continue;
+        if (at.turned) {
+          multiply_turned(e, o, n, thread);
+        } else {
+          multiply(e, o, n, thread);
+        }
       }
     });
   }

@@ -6,8 +6,8 @@
 //            act:       silu g·σ(alpha·g), gelu (erf), gelu_tanh, relu, relu2 = relu², identity
 // Shapes     x (T,H) · ids (T,K) i64 · weight (T,K) f32 · up (E,R,H), R = 2I gated, I not · up_bias (E,R) or absent ·
 //            down (E,O,I) · down_bias (E,O) or absent → out (T,O)
-// Layout     any strides; weights with contiguous H (of up) and I (of down) are read in place, others through a packed copy of a
-//            few rows; out contiguous
+// Layout     any strides; weights with contiguous H (of up) and I (of down), or both transposed (R and O contiguous), are read in
+//            place, others through a packed copy of a few rows; out contiguous
 // Types      x, up, down, biases, out all f32, f16 or bf16; sums and gates in f32; h is rounded to the type once
 // Edges      ids −1 and E: the choice is skipped; other ids outside 0 … E−1: the CPU raises, CUDA skips; a token without choices
 //            → zeros; a repeated id counts twice; T, K, E, O or I = 0 → zeros; NaN stays in its token
@@ -16,10 +16,11 @@
 //            CUDA: a sort when there are over 1,024 choices; a warp per (expert, element of h), then (expert, column), then
 //            a block per token for the sum
 // Cost       reads each needed expert once, (R·H + O·I)·e bytes; 2·T·K·(R·H + O·I) flops; extra memory T·K·I·e bytes for h, as
-//            rows or as blocks, 4·(96·T + 48·H + 10752) per thread (CPU), T·K·(I·e + 4·O) (CUDA)
-// Why so     both operands have their summed dimension contiguous as Hugging Face stores them. So weights are never packed: few
-//            tokens are dot products with streamed rows; many are packed themselves, 16 to a block, and weights broadcast.
-//            Gathering tokens is a table of addresses; owning columns makes the weighted sum part of the second product
+//            rows or as blocks, 4·(96·T + 48·H + 10752) per thread (CPU; transposed 4·(512·T + 104448)), T·K·(I·e + 4·O) (CUDA)
+// Why so     Hugging Face stores the summed dimension contiguous. So weights are never packed: few tokens are dot products with
+//            streamed rows; many are packed themselves, 16 to a block, and weights broadcast. Of transposed weights the lanes are
+//            rows, and tokens are broadcast. Gathering tokens is a table of addresses; owning columns makes the weighted sum part
+//            of the second product
 // Not for    gates outside the list above, weights of less than 16 bits, many tokens on CUDA (no tensor cores; grouped GEMMs win)
 #pragma once
 #include <cstdint>
@@ -66,6 +67,11 @@ constexpr std::int64_t kMoeBlock = 16;       // tokens of a block, a lane each
 constexpr std::int64_t kMoeFewTokens = 8;    // at most so many tokens of an expert are multiplied row by row, instead of a block
 constexpr std::int64_t kMoeCopiedRows = 12;  // rows that are copied at a time where their type or an odd length asks for it
 
+// Weights stored transposed (rows next to each other) are multiplied in that order, unless many tokens can go to AMX tiles.
+constexpr std::int64_t kTurnedRows = 512;    // the most rows of weights that a task takes: memory is read in runs of so many
+constexpr std::int64_t kTurnedChunk = 192;   // tokens that are taken together
+constexpr std::int64_t kTurnedStride = 544;  // floats between the sums of two tokens: kTurnedRows, and room to write past them
+
 constexpr std::int64_t kMoeSums = 112;  // floats between the sums of two tokens: kMoeDownRows, and room to write past them
 
 namespace {  // internal linkage: compiled once per ISA level, and the linker must not merge the copies
@@ -73,7 +79,24 @@ namespace {  // internal linkage: compiled once per ISA level, and the linker mu
 // Whether the level in use multiplies pairs of elements of the type.
 inline bool multiplies_pairs(Dtype dtype) { return dtype == Dtype::bf16 && isa() >= Isa::avx512_bf16; }
 
+// Whether the weights are to be multiplied in transposed order.
+inline bool is_turned(bool rows_adjoin, std::int64_t choices, std::int64_t E, Dtype dtype) {
+  return rows_adjoin && !(isa() == Isa::amx && dtype == Dtype::bf16 && choices > kMoeFewTokens * E);
+}
+// How many of `rows` rows (of all experts) a task takes, so that every thread has some.
+inline std::int64_t turned_rows(std::int64_t rows, std::int64_t T, int threads) {
+  const std::int64_t most = T > 256 ? kTurnedRows / 2 : kTurnedRows, share = (rows / threads + 127) / 128 * 128;
+  return share < 128 ? 128 : share < most ? share : most;
+}
+inline bool moe_ffn_is_turned(const MoeFfnArgs& a) {
+  const bool up = a.up_stride_r == 1 && a.up_stride_h != 1, down = a.down_stride_o == 1 && a.down_stride_i != 1;
+  return is_turned(up && down, a.T * a.K, a.E, a.dtype);
+}
+
 struct MoeFfnLayout {
+  bool turned;
+  std::int64_t words_h, words_i;                     // 32-bit words of a token and of h, where they are broadcast
+  std::int64_t up_rows;                              // rows of up per task, in transposed order
   std::int64_t down_rows;                            // columns of out per task: more when hidden rows are many to reread
   std::int64_t hidden_stride, x_stride, row_stride;  // elements; rows start on cache lines
   std::int64_t x_block, hidden_block;                // 32-bit words of a packed block
@@ -81,6 +104,8 @@ struct MoeFfnLayout {
   std::int64_t start, order, first_block, x, hidden, hidden_blocks;
   // Offsets, per thread. i64: what is packed; x as blocks; f32 sums of both products; copied rows of weights.
   std::int64_t packed, x_blocks, sums, total, rows, copy;
+  // Offsets, weights in transposed order: x as words (T), h as words (T·K); per thread: f32 sums.
+  std::int64_t x_words, hidden_words, turned_sums;
   std::int64_t bytes = 0;
 
   // pairs: whether a packed word is two 16-bit elements, or one f32.
@@ -94,17 +119,22 @@ struct MoeFfnLayout {
     };
     const std::int64_t crowded = choices / (kMoeFewTokens + 1), blocks = choices / kMoeBlock + (crowded < a.E ? crowded : a.E);
     const bool strided = a.up_stride_h != 1 || a.down_stride_i != 1;
-    down_rows = a.T <= 64 ? kMoeDownRows / 2 : kMoeDownRows;
+    turned = moe_ffn_is_turned(a), words_h = pairs ? (a.H + 1) / 2 : a.H, words_i = pairs ? (a.I + 1) / 2 : a.I;
+    up_rows = turned_rows((choices < a.E ? choices : a.E) * (a.gated ? 2 : 1) * a.I, a.T, a.threads);
+    down_rows = turned ? turned_rows(a.O, a.T, a.threads) : a.T <= 64 ? kMoeDownRows / 2 : kMoeDownRows;
     hidden_stride = padded(a.I, 64), x_stride = padded(a.H, 64), row_stride = padded(widest, 64);
-    x_block = kMoeBlock * (pairs ? (a.H + 1) / 2 : a.H), hidden_block = kMoeBlock * (pairs ? (a.I + 1) / 2 : a.I);
+    x_block = kMoeBlock * words_h, hidden_block = kMoeBlock * words_i;
     start = take(4 * (a.E + 1)), order = take(4 * choices), first_block = take(4 * (a.E + 1));
+    total = take(4 * a.threads * a.T * down_rows);
+    x_words = take(turned ? 4 * a.T * words_h : 0), hidden_words = take(turned ? 4 * choices * words_i : 0);
+    turned_sums = take(turned ? 4 * a.threads * kTurnedChunk * kTurnedStride : 0);
+    if (turned) return;
     x = take(a.x_stride_h != 1 ? a.T * x_stride * size : 0);
     hidden = take(choices * hidden_stride * size);
     hidden_blocks = take(4 * blocks * hidden_block);
     packed = take(8 * a.threads);
     x_blocks = take(4 * a.threads * kMoeTokens / kMoeBlock * x_block);
     sums = take(4 * a.threads * kMoeTokens * kMoeSums);
-    total = take(4 * a.threads * a.T * down_rows);
     rows = take(strided ? a.threads * kMoeDownRows * row_stride * size : 0);
     copy = take(4 * a.threads * kMoeCopiedRows * row_stride);
   }

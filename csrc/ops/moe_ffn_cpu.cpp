@@ -4,6 +4,7 @@
 #include "core/dispatch.h"
 #include "ops/moe_ffn.h"
 #include "ops/moe_ffn_lists.h"
+#include "ops/moe_ffn_turned.h"
 
 namespace effvlm::EFFVLM_ISA {
 namespace {
@@ -67,16 +68,16 @@ struct Experts {
     }
   }
 
-  // h[i] for i < n from the first product's sums: n gate rows, then n up rows.
-  void gate(const float* sums, i64 n, T* h) const {
+  // h[i] for i < n from the first product's sums of gate rows (all rows, where there is no gate) and of up rows.
+  void gate(const float* sums, const float* ups, i64 n, T* h) const {
     const auto value = [&](f32v g, auto&& load_up) {
       if (!a.gated) return activate(g);
       const f32v u = max(set1(-a.limit), min(set1(a.limit), load_up()));
       return activate(min(set1(a.limit), g)) * (u + set1(a.offset));
     };
     for_lanes(
-        n, [&](i64 i) { store(h + i, value(load(sums + i), [&] { return load(sums + n + i); })); },
-        [&](i64 i, int rest) { store(h + i, value(load(sums + i, rest), [&] { return load(sums + n + i, rest); }), rest); });
+        n, [&](i64 i) { store(h + i, value(load(sums + i), [&] { return load(ups + i); })); },
+        [&](i64 i, int rest) { store(h + i, value(load(sums + i, rest), [&] { return load(ups + i, rest); }), rest); });
   }
 
   // Elements [i, i+n) of h, expert e, its tokens [from, to).
@@ -101,7 +102,8 @@ struct Experts {
       const T* made[kMoeBlock];
       for (i64 c = 0; c < count; c += kMoeBlock) {
         const i64 lanes = count - c < kMoeBlock ? count - c : kMoeBlock;
-        for (i64 l = 0; l < lanes; ++l) gate(sums(thread) + (c + l) * kMoeSums, n, h + l * n), made[l] = h + l * n;
+        for (i64 l = 0; l < lanes; ++l)
+          gate(sums(thread) + (c + l) * kMoeSums, sums(thread) + (c + l) * kMoeSums + n, n, h + l * n), made[l] = h + l * n;
         pack_block(made, lanes, n, hidden_block(e, c0 + c) + block_words<T>(i));
       }
     };
@@ -109,7 +111,7 @@ struct Experts {
       const T* tokens[kMoeFewTokens];
       for (i64 c = 0; c < count; ++c) tokens[c] = token(pair[c] / a.K);
       product_few(rows, parts * n, tokens, count, a.H, bias, sums(thread), kMoeSums);
-      for (i64 c = 0; c < count; ++c) gate(sums(thread) + c * kMoeSums, n, hidden(pair[c]) + i);
+      for (i64 c = 0; c < count; ++c) gate(sums(thread) + c * kMoeSums, sums(thread) + c * kMoeSums + n, n, hidden(pair[c]) + i);
     };
     lists().each_chunk(e, from, to, many, few);
   }
@@ -141,6 +143,10 @@ struct Experts {
       };
       lists().each_chunk(e, 0, lists().tokens_of(e), many, few);
     }
+    write(o, n, total);
+  }
+
+  void write(i64 o, i64 n, const float* total) const {
     for (i64 t = 0; t < a.T; ++t) {
       T* to = static_cast<T*>(a.out) + t * a.O + o;
       for_lanes(
@@ -158,8 +164,90 @@ struct Experts {
         [&](i64 i, int rest) { store(to + i, fma(weight, load(sums + i, rest), load(to + i, rest)), rest); });
   }
 
+  // ---- weights stored transposed ----
+
+  float* turned_sums(int thread) const { return scratch<float>(at.turned_sums) + thread * kTurnedChunk * kTurnedStride; }
+
+  // Elements [i, i+n) of h for the tokens of expert e.
+  void first_turned(i64 e, i64 i, i64 n, int thread) const {
+    const i64 runs = a.gated && !a.interleaved ? 2 : 1, each = a.gated && a.interleaved ? 2 : 1, rows = n * each;
+    const i64 ups = at.up_rows / 2;  // where the sums of up rows are
+    float bias[kTurnedStride] = {}, *sums = turned_sums(thread);
+    for (i64 p = 0; p < runs; ++p)
+      take_bias<T>(a.up_bias, e * a.up_bias_stride_e + (p * a.I + i * each) * a.up_bias_stride_r, a.up_bias_stride_r, rows,
+                   bias + p * ups);
+    lists().each_run(e, kTurnedChunk, [&](i64 count, const i32* pair) {
+      const float* tokens[kTurnedChunk];
+      for (i64 c = 0; c < count; ++c) {
+        tokens[c] = scratch<float>(at.x_words) + pair[c] / a.K * at.words_h;
+        std::memcpy(sums + c * kTurnedStride, bias, sizeof bias);
+      }
+      for (i64 p = 0; p < runs; ++p) {
+        const T* up = static_cast<const T*>(a.up) + e * a.up_stride_e + p * a.I + i * each;
+        product_turned(up, a.up_stride_h, rows, a.H, tokens, count, sums + p * ups, kTurnedStride);
+      }
+      for (i64 c = 0; c < count; ++c) {
+        float *made = sums + c * kTurnedStride, apart[kTurnedRows];
+        T h[kTurnedRows];
+        for (i64 k = 0; each == 2 && k < n; ++k) apart[k] = made[2 * k], apart[ups + k] = made[2 * k + 1];
+        if (each == 2) made = apart;
+        gate(made, made + ups, n, h);
+        float* words = scratch<float>(at.hidden_words) + pair[c] * at.words_i;
+        to_words(h, 1, n, words + i / TurnedLanes<T>::channels);
+      }
+    });
+  }
+
+  // Columns [o, o+n) of out: this thread's alone.
+  void second_turned(i64 o, i64 n, int thread) const {
+    float *total = scratch<float>(at.total) + thread * a.T * at.down_rows, *sums = turned_sums(thread);
+    std::memset(total, 0, a.T * n * sizeof(float));
+    for (i64 e = 0; e < a.E; ++e) {
+      if (!lists().tokens_of(e)) continue;
+      float bias[kTurnedStride] = {};
+      take_bias<T>(a.down_bias, e * a.down_bias_stride_e + o * a.down_bias_stride_o, a.down_bias_stride_o, n, bias);
+      lists().each_run(e, kTurnedChunk, [&](i64 count, const i32* pair) {
+        const float* made[kTurnedChunk];
+        for (i64 c = 0; c < count; ++c) {
+          made[c] = scratch<float>(at.hidden_words) + pair[c] * at.words_i;
+          std::memcpy(sums + c * kTurnedStride, bias, sizeof bias);
+        }
+        const T* down = static_cast<const T*>(a.down) + e * a.down_stride_e + o;
+        product_turned(down, a.down_stride_i, n, a.I, made, count, sums, kTurnedStride);
+        for (i64 c = 0; c < count; ++c) add_weighted(pair[c], sums + c * kTurnedStride, n, total);
+      });
+    }
+    write(o, n, total);
+  }
+
+  void run_turned() const {
+    parallel_for(a.T, 16, a.threads, [&](i64 begin, i64 end, int) {
+      for (i64 t = begin; t < end; ++t)
+        to_words(static_cast<const T*>(a.x) + t * a.x_stride_t, a.x_stride_h, a.H, scratch<float>(at.x_words) + t * at.words_h);
+    });
+    const i64 width = a.gated ? at.up_rows / 2 : at.up_rows, tasks = (a.I + width - 1) / width;
+    parallel_for(a.E * tasks, 1, a.threads, [&](i64 begin, i64 end, int thread) {
+      for (i64 task = begin; task < end; ++task) {
+        const i64 e = task / tasks, i = task % tasks * width;
+        if (lists().tokens_of(e)) first_turned(e, i, a.I - i < width ? a.I - i : width, thread);
+      }
+    });
+    each_columns([&](i64 o, i64 n, int thread) { second_turned(o, n, thread); });
+  }
+
+  template <class F>
+  void each_columns(F&& f) const {
+    parallel_for((a.O + at.down_rows - 1) / at.down_rows, 1, a.threads, [&](i64 begin, i64 end, int thread) {
+      for (i64 task = begin; task < end; ++task) {
+        const i64 o = task * at.down_rows;
+        f(o, a.O - o < at.down_rows ? a.O - o : at.down_rows, thread);
+      }
+    });
+  }
+
   void run() const {
     lists().sort("moe_ffn", a.T, a.K, a.ids, a.ids_stride_t, a.ids_stride_k);
+    if (at.turned) return run_turned();
     lists().count_blocks(scratch<i32>(at.first_block));
     pack_tokens();
     for (int thread = 0; thread < a.threads; ++thread) scratch<i64>(at.packed)[thread] = -1;
@@ -176,12 +264,7 @@ struct Experts {
                           thread);
       }
     });
-    parallel_for((a.O + at.down_rows - 1) / at.down_rows, 1, a.threads, [&](i64 begin, i64 end, int thread) {
-      for (i64 task = begin; task < end; ++task) {
-        const i64 o = task * at.down_rows;
-        second_product(o, a.O - o < at.down_rows ? a.O - o : at.down_rows, thread);
-      }
-    });
+    each_columns([&](i64 o, i64 n, int thread) { second_product(o, n, thread); });
   }
 };
 

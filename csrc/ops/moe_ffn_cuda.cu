@@ -156,8 +156,8 @@ void run(const MoeFfnArgs& a, void* stream) {
   const unsigned E = static_cast<unsigned>(a.T * a.K ? a.E : 0);
   const Layout at(a);
   if (a.T * a.K > kScanned)
-    launch("moe_ffn_sort_kernel", moe_ffn_sort_kernel, dim3(1), dim3(1024), stream, choices_of(a),
-           scratch<i32>(a, at.start), scratch<i32>(a, at.order));
+    launch("moe_ffn_sort_kernel", moe_ffn_sort_kernel, dim3(1), dim3(1024), stream, choices_of(a), scratch<i32>(a, at.start),
+           scratch<i32>(a, at.order));
   const bool up_packs = packable<T>(a.x, a.H, a.x_stride_h, {a.x_stride_t}) &&
                         packable<T>(a.up, a.H, a.up_stride_h, {a.up_stride_e, a.up_stride_r});
   const auto up = up_packs ? moe_ffn_up_kernel<T, true> : moe_ffn_up_kernel<T, false>;

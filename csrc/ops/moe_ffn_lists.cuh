@@ -1,4 +1,5 @@
-// Part of moe_ffn_cuda.cu and grouped_linear_cuda.cu: which choices belong to an expert, and dot products of its rows with tokens.
+// Part of moe_ffn_cuda.cu and grouped_linear_cuda.cu: which choices belong to an expert, and dot products of its rows with
+// tokens.
 #pragma once
 #include "core/cuda/launch.cuh"
 

@@ -48,6 +48,12 @@ struct ExpertLists {
     start[0] = 0;
   }
 
+  // f(count, pairs) for an expert's tokens, `most` at a time.
+  template <class F>
+  void each_run(std::int64_t e, std::int64_t most, F&& f) const {
+    for (std::int64_t c = start[e]; c < start[e + 1]; c += most) f(start[e + 1] - c < most ? start[e + 1] - c : most, order + c);
+  }
+
   // first[e]: the number of blocks of the experts before e.
   void count_blocks(std::int32_t* first) const {
     first[0] = 0;

@@ -1,16 +1,17 @@
 // moe_route — which experts a token goes to, and with what weight, from the router's logits
 //
 // Math       score[t,e] = softmax over e, sigmoid, or the logit itself;   choice = score + bias[e] (without bias: the same order)
-//            by token:  ids[t,:] = the K best choices, best first, among the experts of the top_groups best groups; a group counts
+//            by token:  ids[t,:] = the K best choices, best first, among the experts of the top_groups best groups; a group
+//            counts
 //                       the sum of its two best choices with a bias (DeepSeek-V3), its best one without (DeepSeek-V2)
 //            by expert: each expert takes its `capacity` tokens of highest score; ids[t,:] = the K best of those that took t
 //            weight[t,k] = scale · score[t,ids[t,k]], divided by the sum of the K scores + 1e-20 when renormalised
 // Shapes     logits (T,E) · bias (E) f32 or absent · mask (T) bool or absent → weight (T,K) f32 · ids (T,K) i64
 // Layout     any strides; outputs contiguous
 // Types      logits f32, f16 or bf16; everything else in f32
-// Edges      a tie: the lower expert, the earlier token; NaN is above every number; choices that are not taken: id −1, weight 0 (a
-//            token with mask false, one over an expert's capacity, by expert: one that fewer than K experts took); by token, an
-//            expert takes first choices before second ones and earlier tokens before later ones; renormalised before that
+// Edges      a tie: the lower expert, the earlier token; NaN is above every number; choices that are not taken: id −1, weight 0
+//            (a token with mask false, one over an expert's capacity, by expert: one that fewer than K experts took); by token,
+//            an expert takes first choices before second ones and earlier tokens before later ones; renormalised before that
 // Order      as written; same ids for any thread count
 // Parallel   CPU: tokens over threads, then experts over threads where they choose.  CUDA: a warp per token, a block per expert
 // Cost       reads T·E·e, writes 12·T·K bytes; T·E exponentials; extra memory 8·(E + K) per thread (CPU) and, by expert, 4·T·E
@@ -50,8 +51,8 @@ struct MoeRouteArgs {
 
 namespace {  // internal linkage: compiled once per ISA level, and the linker must not merge the copies
 
-// CPU workspace, offsets in bytes: i64 tokens taken (E), i64 and u32 limits (E), f32 scores (T,E); per thread: f32 (2·E), u64 (K +
-// groups), u32 (T).
+// CPU workspace, offsets in bytes: i64 tokens taken (E), i64 and u32 limits (E), f32 scores (T,E); per thread: f32 (2·E), u64 (K
+// + groups), u32 (T).
 struct MoeRouteLayout {
   std::int64_t taken, last, least, scores, values, keys, column, bytes = 0;
 

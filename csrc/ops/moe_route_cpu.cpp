@@ -187,8 +187,7 @@ struct Router {
 }  // namespace
 
 void moe_route_cpu(const MoeRouteArgs& a) {
-  by_float_dtype("moe_route", a.dtype,
-                 [&](auto type) { Router<typename decltype(type)::type>{a, MoeRouteLayout(a)}.run(); });
+  by_float_dtype("moe_route", a.dtype, [&](auto type) { Router<typename decltype(type)::type>{a, MoeRouteLayout(a)}.run(); });
 }
 
 }  // namespace effvlm::EFFVLM_ISA

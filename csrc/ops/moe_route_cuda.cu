@@ -98,8 +98,10 @@ struct Token {
     u64 first = 0, second = 0, last = ~0ull;
     for (int e = lane * size; lane < groups && e < (lane + 1) * size; ++e) {
       const u64 key = key_of(choice(e), e);
-      if (key > first) second = first, first = key;
-      else if (key > second) second = key;
+      if (key > first)
+        second = first, first = key;
+      else if (key > second)
+        second = key;
     }
     u64 mine = 0;
     if (first) mine = key_of(choice(index_of(first)) + (a.bias && second ? choice(index_of(second)) : 0), lane);

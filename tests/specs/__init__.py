@@ -51,6 +51,8 @@ class Spec:
         flops, bytes: of one call, as the op's header states them; bytes are those that must move.
         compare: replaces the comparison by tolerance: (arguments, got, oracle, same-dtype reference) → raises.
         peers: other ways to get the same, for bench: name → function of the arguments.
+        prepared: peers that get ready first, outside the timing: name → function of the arguments that returns what to time, or
+            raises ValueError with the sentence that its row shows instead.
         streamed: arguments that the reference converts to the dtype of the first piece by piece, because they are gigabytes.
         run: what to call; default the op itself. Specs with a ``run`` are chains of ops: timed, not conformance-tested.
     """
@@ -65,6 +67,7 @@ class Spec:
     compare: Callable[[Args, Tensors, Tensors, Tensors], None] | None = None
     bad: tuple[Bad, ...] = ()
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    prepared: Mapping[str, Callable[..., Callable[[], Any]]] = field(default_factory=dict)
     streamed: tuple[int, ...] = ()
     run: Callable[..., Tensors] | None = None
     reference: Callable[..., Tensors] | None = None

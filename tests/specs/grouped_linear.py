@@ -26,11 +26,13 @@ CASES = (
     Case("skipped", _sizes(30, 4, 24, 16), {"route": "skipped", "bias": True}),
     Case("runs", _sizes(220, 2, 40, 30), {"route": "runs"}),
     Case("transposed", _sizes(50, 3, 50, 70), {"transposed": True, "bias": True}),
+    Case("transposed_many", _sizes(210, 1, 141, 530), {"transposed": True, "bias": True}),
     Case("sorted", _sizes(1100, 6, 8, 8), {"route": "skipped"}),
     Case("tiles", _sizes(130, 2, 64, 128)),
     Case("text_and_image_q", _sizes(1024, 2, 2048, 2048), {"route": "runs"}, bench=True),
     Case("text_and_image_q", _sizes(8, 2, 2048, 2048), {"route": "runs"}, bench=True),
     Case("heads", _sizes(64, 32, 2048, 128), bench=True),
+    Case("dbrx_down", _sizes(64, 16, 1536, 2048), {"transposed": True}, bench=True),
 )
 
 

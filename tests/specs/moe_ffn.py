@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +39,9 @@ CASES = (
     Case("lora", _sizes(21, 2, 6, 48, 8), {"act": "identity", "gated": False}),
     Case("clamped", _sizes(17, 2, 4, 48, 32), {"limit": 0.5}),
     Case("transposed", _sizes(33, 2, 5, 50, 70), {"transposed": True}),
+    Case("transposed_few", _sizes(4, 2, 3, 201, 345), {"transposed": True, "bias": True}),
+    Case("transposed_many", _sizes(230, 1, 1, 151, 90), {"transposed": True, "act": "gelu", "gated": False}),
+    Case("gpt_oss_many", _sizes(60, 2, 2, 90, 141), GPT_OSS),
     Case("narrow", _sizes(20, 2, 3, 1, 1), {"bias": True}),
     Case("many_tokens", _sizes(150, 2, 3, 32, 26)),
     Case("sorted", _sizes(420, 3, 7, 8, 8), {"route": "skipped"}),
@@ -123,6 +127,13 @@ def grouped_mm(x: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor, *rest: 
     return grouped_mm_experts_forward(_module(*rest[:4], rest[4:]), x, ids, weight.to(x.dtype))
 
 
+def _llama_cpp(*args: Any, quantised: bool = False) -> Any:
+    """bench/llama_cpp.py; imported late, since only bench has it on its path and it loads libraries."""
+    from llama_cpp import Experts
+
+    return Experts(*args, quantised=quantised)
+
+
 def _needed(case: Case) -> float:
     """How many experts uniform routing touches, on average."""
     T, K, E = (case.sizes[k] for k in "TKE")
@@ -162,5 +173,6 @@ SPEC = Spec(
         Bad("limit", _set(11, 0.0), ValueError, "limit > 0"),
     ),
     peers={"transformers grouped_mm": grouped_mm},
+    prepared={"llama.cpp": _llama_cpp, "llama.cpp Q4_K": partial(_llama_cpp, quantised=True)},
     streamed=(3, 4, 5, 6),
 )
