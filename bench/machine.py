@@ -6,7 +6,7 @@ import datetime
 import os
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,16 @@ def _commit() -> str:
         return "unknown"
 
 
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
 def record(device: str) -> dict[str, Any]:
     """What is stored with every number."""
     facts: dict[str, Any] = {
@@ -38,7 +48,7 @@ def record(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isa": _core.cpu_isa(),
         "system": platform.platform(),
-        "versions": {p: version(p) for p in ("effvlm", "torch", "transformers")},
+        "versions": _versions("effvlm", "torch", "transformers", "llama_cpp_python"),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
