@@ -35,6 +35,29 @@ struct Best {
   }
 };
 
+constexpr float kInfinity = __builtin_inff();
+
+inline bool is_finite(float x) { return x - x == 0; }
+
+// Of numbers; of NaN what is left without them.
+inline float most_of(const float* x, i64 n) {
+  f32v most = set1(-kInfinity);
+  i64 i = 0;
+  for (; i + f32v::width <= n; i += f32v::width) most = max(load(x + i), most);
+  float all = reduce_max(most);
+  for (; i < n; ++i) all = x[i] > all ? x[i] : all;
+  return all;
+}
+
+inline float sum_of(const float* x, i64 n) {
+  f32v sum = set1(0);
+  i64 i = 0;
+  for (; i + f32v::width <= n; i += f32v::width) sum = sum + load(x + i);
+  float all = reduce_add(sum);
+  for (; i < n; ++i) all += x[i];
+  return all;
+}
+
 template <class T>
 struct Router {
   const MoeRouteArgs& a;
@@ -45,7 +68,7 @@ struct Router {
     return reinterpret_cast<P*>(static_cast<char*>(a.workspace) + offset);
   }
   bool is_routed(i64 t) const { return !a.mask || a.mask[t * a.mask_stride]; }
-  u64* keys(int thread) const { return scratch<u64>(at.keys) + thread * (a.K + a.groups); }
+  u64* keys(int thread) const { return scratch<u64>(at.keys) + thread * a.K; }
 
   void logits_of(i64 t, float* to) const {
     const T* from = static_cast<const T*>(a.logits) + t * a.logits_stride_t;
@@ -63,36 +86,80 @@ struct Router {
       std::memcpy(to, logits, a.E * sizeof(float));
       return;
     }
-    float most = 0, sum = 0;
-    if (a.score == Score::softmax) {
-      most = logits[0];
-      for (i64 e = 1; e < a.E; ++e) most = logits[e] > most || logits[e] != logits[e] ? logits[e] : most;
-    }
+    const float most = a.score == Score::softmax ? most_of(logits, a.E) : 0;
     const auto value = [&](f32v x) { return a.score == Score::softmax ? exp(x - set1(most)) : sigmoid(x); };
     for_lanes(
         a.E, [&](i64 e) { store(to + e, value(load(logits + e))); },
         [&](i64 e, int rest) { store(to + e, value(load(logits + e, rest)), rest); });
     if (a.score != Score::softmax) return;
-    for (i64 e = 0; e < a.E; ++e) sum += to[e];
+    const float sum = sum_of(to, a.E);
     for (i64 e = 0; e < a.E; ++e) to[e] /= sum;
   }
 
-  // The K best choices of a token into `best`.
-  void choose(const float* choice, u64* key, Best& best) const {
-    if (a.top_groups == a.groups) {
-      for (i64 e = 0; e < a.E; ++e) best.add(key_of(choice[e], e));
-      return;
-    }
+  // The K best choices of a token into `best`; `choice` is used up.
+  void choose(float* choice, Best& best) const {
     const i64 size = a.E / a.groups;
-    Best group{key + a.K, a.top_groups};
-    for (i64 g = 0; g < a.groups; ++g) {
-      u64 two[2];
-      Best in_group{two, a.bias && size > 1 ? 2 : 1};
-      for (i64 e = g * size; e < (g + 1) * size; ++e) in_group.add(key_of(choice[e], e));
-      group.add(key_of(choice[index_of(two[0])] + (in_group.found == 2 ? choice[index_of(two[1])] : 0), g));
+    const bool plain = is_finite(sum_of(choice, a.E));  // neither NaN nor infinities, whose order is not that of comparisons
+    if (a.top_groups < a.groups) {
+      float value[kMaxGroups];
+      bool open[kMaxGroups] = {};
+      u64 keys[kMaxGroups];
+      Best group{keys, a.top_groups};
+      for (i64 g = 0; g < a.groups; ++g) {
+        value[g] = plain ? two_best(choice + g * size, size) : two_best_of_any(choice + g * size, size);
+        group.add(key_of(value[g], g));
+      }
+      for (i64 k = 0; k < group.found; ++k) open[index_of(keys[k])] = true;
+      for (i64 g = 0; g < a.groups; ++g)
+        for (i64 e = g * size; e < (g + 1) * size; ++e) {
+          if (!plain && open[g]) best.add(key_of(choice[e], e));
+          if (!open[g]) choice[e] = -kInfinity;
+        }
+    } else if (!plain) {
+      for (i64 e = 0; e < a.E; ++e) best.add(key_of(choice[e], e));
     }
-    for (i64 k = 0; k < group.found; ++k)
-      for (i64 e = index_of(group.key[k]) * size; e < (index_of(group.key[k]) + 1) * size; ++e) best.add(key_of(choice[e], e));
+    if (plain) pick(choice, best);
+  }
+
+  // Takes the largest K times, by the largest of each run of 16.
+  void pick(float* choice, Best& best) const {
+    constexpr i64 kRun = 16;
+    float* most = choice + 2 * padded_experts(a.E);
+    const auto look = [&](i64 run) {
+      const i64 left = a.E - run * kRun;
+      most[run] = most_of(choice + run * kRun, left < kRun ? left : kRun);
+    };
+    const i64 runs = (a.E + kRun - 1) / kRun;
+    for (i64 run = 0; run < runs; ++run) look(run);
+    for (; best.found < a.K; ++best.found) {
+      i64 run = 0;
+      for (i64 other = 1; other < runs; ++other) run = most[other] > most[run] ? other : run;
+      i64 e = run * kRun;
+      while (choice[e] != most[run]) ++e;
+      best.key[best.found] = key_of(choice[e], e);
+      choice[e] = -kInfinity;
+      look(run);
+    }
+  }
+
+  // What a group of experts counts: its best choice, with a bias plus its second best.
+  float two_best(const float* choice, i64 size) const {
+    f32v first = set1(-kInfinity), second = first;
+    const auto take = [&](f32v x) { second = max(second, min(first, x)), first = max(first, x); };
+    i64 e = 0;
+    for (; e + f32v::width <= size; e += f32v::width) take(load(choice + e));
+    float lanes[2 * f32v::width], most = -kInfinity, next = -kInfinity;
+    store(lanes, first), store(lanes + f32v::width, second);
+    const auto take_one = [&](float x) { next = x > most ? most : x > next ? x : next, most = x > most ? x : most; };
+    for (const float x : lanes) take_one(x);
+    for (; e < size; ++e) take_one(choice[e]);
+    return a.bias && size > 1 ? most + next : most;
+  }
+  float two_best_of_any(const float* choice, i64 size) const {
+    u64 keys[2];
+    Best best{keys, a.bias && size > 1 ? 2 : 1};
+    for (i64 e = 0; e < size; ++e) best.add(key_of(choice[e], e));
+    return choice[index_of(keys[0])] + (best.found == 2 ? choice[index_of(keys[1])] : 0);
   }
 
   // Ids and weights of a token from its best choices and all its scores.
@@ -108,13 +175,13 @@ struct Router {
   }
 
   void by_token(i64 t, int thread) const {
-    float *logits = scratch<float>(at.values) + thread * 2 * a.E, *scores = logits + a.E;
+    float *logits = scratch<float>(at.values) + thread * 3 * padded_experts(a.E), *scores = logits + padded_experts(a.E);
     Best best{keys(thread), a.K};
     if (is_routed(t) && a.K) {
       logits_of(t, logits);
       scores_of(logits, scores);
       for (i64 e = 0; a.bias && e < a.E; ++e) logits[e] = scores[e] + a.bias[e * a.bias_stride];
-      choose(logits, keys(thread), best);
+      choose(logits, best);
     }
     write(t, best, scores);
   }
@@ -176,7 +243,7 @@ struct Router {
       return;
     }
     parallel(a.T, grain, [&](i64 t, int thread) {
-      float* logits = scratch<float>(at.values) + thread * 2 * a.E;
+      float* logits = scratch<float>(at.values) + thread * 3 * padded_experts(a.E);
       if (a.E) logits_of(t, logits), scores_of(logits, scratch<float>(at.scores) + t * a.E);
     });
     parallel(a.E, 1, [&](i64 e, int thread) { limits_of(e, thread); });
