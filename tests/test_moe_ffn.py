@@ -62,6 +62,22 @@ def test_skipped_choices_are_as_if_they_were_not_there(level: str) -> None:
         assert not SPEC.call(*_to(args, device))[0].any()
 
 
+def test_static_routing_by_kind_of_token(level: str) -> None:
+    """Vision and language experts (Mono-InternVL, VLMo): ids from a mask. No token is computed by two: the other may be NaN."""
+    g = torch.Generator().manual_seed(5)
+    x, up, down = (torch.randn(*s, generator=g) * 0.2 for s in ((40, 32), (2, 48, 32), (2, 32, 24)))
+    image = torch.arange(40) % 5 < 3
+    ids, ones = image.long()[:, None], torch.ones(40, 1)
+    with at(level) as device:
+        both = effvlm.moe_ffn(*(t.to(device) for t in (x, ids, ones, up, down))).cpu()
+        up[1], down[1] = float("nan"), float("nan")
+        text = effvlm.moe_ffn(*(t.to(device) for t in (x, ids, ones, up, down))).cpu()
+    gate, linear = (x[~image] @ up[0].T).chunk(2, dim=-1)
+    torch.testing.assert_close(both[~image], (torch.nn.functional.silu(gate) * linear) @ down[0].T, rtol=1e-5, atol=1e-5)
+    assert torch.equal(text[~image], both[~image])
+    assert text[image].isnan().all()
+
+
 def test_the_keywords_are_the_schema() -> None:
     x, ids, weight, up, up_bias, down, down_bias, *gate = _args("gpt_oss")
     names = ("act", "gated", "interleaved", "alpha", "limit", "offset")

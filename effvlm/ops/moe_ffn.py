@@ -143,6 +143,9 @@ def moe_ffn(
     ``e = ids[t, k]`` and ``h = gate(up[e] @ x[t] + up_bias[e])``. A gate multiplies the activated first half of the rows (every
     other row, when ``interleaved``) by the second: ``act(min(g, limit)) * (clamp(u, -limit, limit) + offset)``.
 
+    Experts by kind of token or by task (vision and language experts of Mono-InternVL and VLMo) are ids from a mask,
+    ``ids = is_image.long()[:, None]`` with weights of 1; :func:`effvlm.moe_route` makes learnt ones from a router's logits.
+
     Args:
         x: (T, H) float32, float16 or bfloat16, any strides, on CPU or CUDA.
         ids: (T, K) int64, experts in 0 … E−1; −1 and E skip the choice.
