@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from effvlm import demo, tokens
+from effvlm import demo, experts, tokens
 from effvlm._library import set_cpu_isa
 from effvlm.hf import disable, enable, reduce
 from effvlm.ops import MoeRoute, TokenMatch, TokenMerge, grouped_linear, moe_ffn, moe_route, token_match, token_merge
@@ -17,6 +17,7 @@ __all__ = [
     "demo",
     "disable",
     "enable",
+    "experts",
     "grouped_linear",
     "moe_ffn",
     "moe_route",

@@ -57,7 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_every_family_computes_what_it_did(family: str, calls: list[int]) -> None:
     for cls in expert_classes(family):
         module = tiny(cls)
-        width = experts._weights(module)[0].shape[2]
+        width = experts.weights_of(module)[0].shape[2]
         generator = torch.Generator().manual_seed(1)
         for tokens in (1, 3, 40, 0):
             x = torch.randn(tokens, width, generator=generator)

@@ -69,6 +69,7 @@ def test_arrows_point_downward_only() -> None:
         "ops": ("effvlm.tokens", "effvlm.hf", "effvlm.demo", "transformers", "effvlm._core"),
         "tokens": ("effvlm.hf", "effvlm.demo", "transformers", "effvlm._core", "effvlm._library"),
         "hf": ("effvlm.demo", "effvlm.cli", "effvlm._core"),
+        "experts": ("effvlm.demo", "effvlm.cli", "effvlm._core"),
         "demo": ("effvlm.cli", "effvlm._core"),
     }
     for layer, names in forbidden.items():

@@ -50,12 +50,12 @@ class EnableReport:
 _before: WeakKeyDictionary[torch.nn.Module, tuple[list[Callable[[], None]], EnableReport]] = WeakKeyDictionary()
 
 
-def _is_experts(module: torch.nn.Module) -> bool:
+def is_experts(module: torch.nn.Module) -> bool:
     """Whether a module's class carries transformers' ``use_experts_implementation``."""
     return all(hasattr(module, name) for name in ("_is_expert_parallel", "is_transposed", "has_gate", "_apply_gate"))
 
 
-def _weights(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def weights_of(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """(E, R, H) and (E, O, I) as views, however the module stores them."""
     up = module.gate_up_proj if module.has_gate else module.up_proj
     return (up.mT, module.down_proj.mT) if module.is_transposed else (up, module.down_proj)
@@ -80,7 +80,7 @@ def find_gate(module: Any) -> Gate | None:
 
 def why_not(module: Any) -> str:
     """Why a module's experts cannot run on our kernels; empty when they can."""
-    for weight in _weights(module):
+    for weight in weights_of(module):
         if weight.dtype not in FLOATS or type(weight) not in (torch.Tensor, torch.nn.Parameter):
             return (
                 f"weights are {str(weight.dtype).removeprefix('torch.')} {type(weight).__name__}; transformers' grouped_mm runs"
@@ -94,7 +94,7 @@ def experts_forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch
     """What transformers calls: (T, H) states, (T, K) int64 experts and their weights → (T, H)."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    up, down = _weights(module)
+    up, down = weights_of(module)
     tensors = (hidden_states, top_k_weights, up, down)
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     crowd = hidden_states.is_cuda and len(hidden_states) > own_experts.MANY_ON_CUDA
@@ -156,7 +156,7 @@ def enable(model: Any, free_original: bool = False) -> EnableReport:
     undo: list[Callable[[], None]] = []
     tried: dict[str, bool] = {}
     for name, module in model.named_modules():
-        if _is_experts(module):
+        if is_experts(module):
             _select(name, module, report, undo)
         elif type(module).__name__ in own_experts.FAMILIES:
             _replace(name, module, report, undo, tried, free_original)
@@ -169,7 +169,7 @@ def enable(model: Any, free_original: bool = False) -> EnableReport:
 
 
 def _is_known(module: torch.nn.Module) -> bool:
-    return _is_experts(module) or type(module).__name__ in own_experts.FAMILIES
+    return is_experts(module) or type(module).__name__ in own_experts.FAMILIES
 
 
 def _select(name: str, module: Any, report: EnableReport, undo: list[Callable[[], None]]) -> None:
