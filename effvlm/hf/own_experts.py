@@ -51,9 +51,9 @@ def _stack(module: Any, name: str) -> torch.Tensor:
 def _llama4(module: Any, hidden_states: torch.Tensor) -> Any:
     """Sends each token to its experts only (the original: every token through every expert). Scores scale the input."""
     x = hidden_states.reshape(-1, module.hidden_dim)
-    scores, logits = module.router(x)
-    score, ids = scores.topk(module.top_k, dim=1)  # the scores of all other experts are zero
-    scaled = (x[:, None] * score[..., None]).flatten(0, 1)
+    logits = torch.nn.functional.linear(x, module.router.weight, module.router.bias)
+    best, ids = logits.topk(module.top_k, dim=1)  # the router's own forward goes on to scores of all experts, mostly zeros
+    scaled = (x[:, None] * best.float().sigmoid().to(x.dtype)[..., None]).flatten(0, 1)
     ones = torch.ones(len(scaled), 1, device=x.device)
     up, down = module.experts.gate_up_proj.mT, module.experts.down_proj.mT
     routed = moe_ffn(scaled, ids.reshape(-1, 1), ones, up, down, **vars(_gate(module)))
