@@ -1,4 +1,4 @@
-"""llama4_block: a whole ``Llama4TextMoe`` (router, one expert of 16 per token, shared expert) as effvlm.enable runs it. Only timed.
+"""llama4_block: a whole ``Llama4TextMoe`` (router, one expert of 16 per token, shared expert) under effvlm.enable. Only timed.
 
 transformers computes every expert on every token, and so reads 201 MB of experts where one token needs 13.
 """
