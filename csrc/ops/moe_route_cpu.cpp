@@ -103,7 +103,7 @@ struct Router {
     if (a.top_groups < a.groups) {
       float value[kMaxGroups];
       bool open[kMaxGroups] = {};
-      u64 keys[kMaxGroups];
+      u64 keys[kMaxGroups] = {};
       Best group{keys, a.top_groups};
       for (i64 g = 0; g < a.groups; ++g) {
         value[g] = plain ? two_best(choice + g * size, size) : two_best_of_any(choice + g * size, size);
@@ -156,7 +156,7 @@ struct Router {
     return a.bias && size > 1 ? most + next : most;
   }
   float two_best_of_any(const float* choice, i64 size) const {
-    u64 keys[2];
+    u64 keys[2] = {};
     Best best{keys, a.bias && size > 1 ? 2 : 1};
     for (i64 e = 0; e < size; ++e) best.add(key_of(choice[e], e));
     return choice[index_of(keys[0])] + (best.found == 2 ? choice[index_of(keys[1])] : 0);
