@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from levels import at
 
 import effvlm
+from effvlm import _library
 
 
 def _parts(T: int, E: int, C: int, out: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -62,7 +63,8 @@ def test_a_mixture_of_lora_experts_is_moe_ffn_without_a_gate(level: str) -> None
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_grad_runs_the_reference() -> None:
+def test_grad_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "_said", set())  # what was said once is said again
     x, weight, _ = _parts(5, 2, 8, 6)
     x.requires_grad_()
     with pytest.warns(UserWarning, match="grouped_linear: an input requires grad"):

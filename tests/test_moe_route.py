@@ -9,6 +9,7 @@ import torch
 from levels import at
 
 import effvlm
+from effvlm import _library
 
 
 def _logits(T: int, E: int, seed: int = 0) -> torch.Tensor:
@@ -123,7 +124,8 @@ def test_what_comes_out_goes_into_moe_ffn(level: str) -> None:
     assert out[mask].abs().sum(1).min() > 0
 
 
-def test_grad_runs_the_reference() -> None:
+def test_grad_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "_said", set())  # what was said once is said again
     logits = _logits(5, 8).requires_grad_()
     with pytest.warns(UserWarning, match="moe_route: an input requires grad"):
         effvlm.moe_route(logits, 2, renormalize=True).weight.square().sum().backward()
