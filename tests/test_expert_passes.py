@@ -304,7 +304,7 @@ def test_clip_becomes_a_mixture_that_computes_the_same_trains_and_saves(tmp_path
         model.save_pretrained(tmp_path)
     tower.save(model, tmp_path)
     assert torch.equal(tower.load(tmp_path)(**CLIP).logits_per_image, model(**CLIP).logits_per_image)
-    with torch.enable_grad(), pytest.warns(UserWarning, match="an input requires grad"):
+    with torch.enable_grad():
         model(**CLIP).logits_per_image.sum().backward()
     assert all(m.router.weight.grad is not None for m in model.modules() if isinstance(m, tower.TowerMoE))
     with pytest.raises(ValueError, match=r"upcycle put into a tower"):
