@@ -44,24 +44,23 @@ namespace {  // internal linkage: compiled once per ISA level, and the linker mu
 
 // CPU workspace, offsets in bytes: i32 (E+1), i32 (T), i32 (E+1), x with contiguous channels or as words, x as packed blocks; per
 // thread: f32 sums, copied rows of weights, rows as words.
-struct GroupedLinearLayout {
+struct GroupedLinearLayout : Workspace {
   bool turned;                                      // whether weights are multiplied in transposed order
   std::int64_t words, x_stride, row_stride, block;  // 32-bit words of a token; elements; words
+  std::int64_t chunk;                               // tokens that the sums have room for
   std::int64_t out_rows;                            // rows of weight per task
-  std::int64_t start, order, first_block, x, blocks, sums, rows, copy, bytes = 0;
+  std::int64_t start, order, first_block, x, blocks, sums, rows, copy;
 
   GroupedLinearLayout(const GroupedLinearArgs& a, bool pairs) {
     const std::int64_t size = a.dtype == Dtype::f32 ? 4 : 2, crowded = a.T / (kMoeFewTokens + 1);
-    const auto take = [&](std::int64_t count) {
-      const std::int64_t offset = bytes;
-      bytes += (count + 63) / 64 * 64;
-      return offset;
-    };
     turned = is_turned(a.weight_stride_o == 1 && a.weight_stride_c != 1, a.T, a.E, a.dtype);
     words = pairs ? (a.C + 1) / 2 : a.C, x_stride = row_stride = (a.C + 63) / 64 * 64, block = kMoeBlock * words;
     out_rows = turned ? turned_rows((a.T < a.E ? a.T : a.E) * a.O, a.T, a.threads) : kMoeDownRows;
     start = take(4 * (a.E + 1)), order = take(4 * a.T), first_block = take(4 * (a.E + 1));
-    sums = take(4 * a.threads * (turned ? kTurnedChunk * kTurnedStride : kMoeTokens * kMoeSums));
+    const std::int64_t most = turned ? kTurnedChunk : kMoeTokens,
+                       padded = (a.T + 2 * kMoeBlock - 1) / (2 * kMoeBlock) * 2 * kMoeBlock;
+    chunk = padded < most ? padded : most;
+    sums = take(4 * a.threads * chunk * (turned ? kTurnedStride : kMoeSums));
     if (turned) x = take(4 * a.T * words);
     if (turned) return;
     x = take(a.x_stride_c != 1 ? a.T * x_stride * size : 0);

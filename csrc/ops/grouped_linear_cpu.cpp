@@ -29,8 +29,8 @@ struct Layers {
   }
 
   // What no layer writes, and tokens that are not read where they are.
-  void prepare() const {
-    for (i64 t = 0; t < a.T; ++t) {
+  void prepare(i64 begin, i64 end) const {
+    for (i64 t = begin; t < end; ++t) {
       const i64 e = a.ids[t * a.ids_stride];
       if (e < 0 || e >= a.E) std::memset(static_cast<char*>(a.out) + t * a.O * sizeof(T), 0, a.O * sizeof(T));
       if (at.turned)
@@ -63,7 +63,7 @@ struct Layers {
   // Columns [o, o+n) of out for the tokens of layer e.
   void multiply(i64 e, i64 o, i64 n, int thread) const {
     const T* rows[kMoeDownRows];
-    float bias[kMoeDownRows], *sums = scratch<float>(at.sums) + thread * kMoeTokens * kMoeSums;
+    float bias[kMoeDownRows], *sums = scratch<float>(at.sums) + thread * at.chunk * kMoeSums;
     take_rows(static_cast<const T*>(a.weight) + e * a.weight_stride_e, a.weight_stride_o, a.weight_stride_c, o, n, a.C,
               scratch<T>(at.rows) + thread * kMoeDownRows * at.row_stride, at.row_stride, rows);
     take_bias<T>(a.bias, e * a.bias_stride_e + o * a.bias_stride_o, a.bias_stride_o, n, bias);
@@ -83,7 +83,7 @@ struct Layers {
 
   // The same where the weights are stored transposed.
   void multiply_turned(i64 e, i64 o, i64 n, int thread) const {
-    float bias[kTurnedStride] = {}, *sums = scratch<float>(at.sums) + thread * kTurnedChunk * kTurnedStride;
+    float bias[kTurnedStride] = {}, *sums = scratch<float>(at.sums) + thread * at.chunk * kTurnedStride;
     take_bias<T>(a.bias, e * a.bias_stride_e + o * a.bias_stride_o, a.bias_stride_o, n, bias);
     const T* weight = static_cast<const T*>(a.weight) + e * a.weight_stride_e + o;
     lists().each_run(e, kTurnedChunk, [&](i64 count, const i32* tokens) {
@@ -100,7 +100,7 @@ struct Layers {
   void run() const {
     lists().sort("grouped_linear", a.T, 1, a.ids, a.ids_stride, 0);
     lists().count_blocks(scratch<i32>(at.first_block));
-    prepare();
+    parallel_for(a.T, 16, a.threads, [&](i64 begin, i64 end, int) { prepare(begin, end); });
     parallel_for(at.turned ? 0 : scratch<i32>(at.first_block)[a.E], 4, a.threads, [&](i64 begin, i64 end, int) {
       for (i64 number = begin; number < end; ++number) pack(number);
     });

@@ -6,9 +6,9 @@
 namespace effvlm {
 namespace {
 
-struct Layout {
-  i64 start, order, bytes;  // i32 (E+1), i32 (T)
-  explicit Layout(const GroupedLinearArgs& a) : start(0), order((4 * (a.E + 1) + 255) / 256 * 256), bytes(order + 4 * a.T) {}
+struct Layout : Workspace {
+  i64 start, order;  // i32 (E+1), i32 (T)
+  explicit Layout(const GroupedLinearArgs& a) : start(take(4 * (a.E + 1))), order(take(4 * a.T)) {}
 };
 
 __host__ __device__ Choices choices_of(const GroupedLinearArgs& a) {

@@ -27,6 +27,7 @@
 
 #include "core/cpu/isa.h"
 #include "core/dtype.h"
+#include "core/workspace.h"
 
 namespace effvlm {
 
@@ -93,11 +94,12 @@ inline bool moe_ffn_is_turned(const MoeFfnArgs& a) {
   return is_turned(up && down, a.T * a.K, a.E, a.dtype);
 }
 
-struct MoeFfnLayout {
+struct MoeFfnLayout : Workspace {
   bool turned;
-  std::int64_t words_h, words_i;                     // 32-bit words of a token and of h, where they are broadcast
-  std::int64_t up_rows;                              // rows of up per task, in transposed order
-  std::int64_t down_rows;                            // columns of out per task: more when hidden rows are many to reread
+  std::int64_t words_h, words_i;     // 32-bit words of a token and of h, where they are broadcast
+  std::int64_t chunk, turned_chunk;  // tokens that scratch has room for: fewer than the constants where there are fewer
+  std::int64_t up_rows;              // rows of up per task, in transposed order
+  std::int64_t down_rows;            // columns of out per task: more when hidden rows are many to reread
   std::int64_t hidden_stride, x_stride, row_stride;  // elements; rows start on cache lines
   std::int64_t x_block, hidden_block;                // 32-bit words of a packed block
   // Offsets. i32 (E+1), i32 (T·K), i32 (E+1); x with contiguous channels; h, as rows (T·K,I) or as blocks
@@ -106,35 +108,31 @@ struct MoeFfnLayout {
   std::int64_t packed, x_blocks, sums, total, rows, copy;
   // Offsets, weights in transposed order: x as words (T), h as words (T·K); per thread: f32 sums.
   std::int64_t x_words, hidden_words, turned_sums;
-  std::int64_t bytes = 0;
 
   // pairs: whether a packed word is two 16-bit elements, or one f32.
   MoeFfnLayout(const MoeFfnArgs& a, bool pairs) {
     const std::int64_t size = a.dtype == Dtype::f32 ? 4 : 2, choices = a.T * a.K, widest = a.H > a.I ? a.H : a.I;
     const auto padded = [](std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; };
-    const auto take = [&](std::int64_t count) {
-      const std::int64_t offset = bytes;
-      bytes += padded(count, 64);
-      return offset;
-    };
     const std::int64_t crowded = choices / (kMoeFewTokens + 1), blocks = choices / kMoeBlock + (crowded < a.E ? crowded : a.E);
     const bool strided = a.up_stride_h != 1 || a.down_stride_i != 1;
     turned = moe_ffn_is_turned(a), words_h = pairs ? (a.H + 1) / 2 : a.H, words_i = pairs ? (a.I + 1) / 2 : a.I;
     up_rows = turned_rows((choices < a.E ? choices : a.E) * (a.gated ? 2 : 1) * a.I, a.T, a.threads);
     down_rows = turned ? turned_rows(a.O, a.T, a.threads) : a.T <= 64 ? kMoeDownRows / 2 : kMoeDownRows;
+    chunk = choices < kMoeTokens ? padded(choices, 2 * kMoeBlock) : kMoeTokens;
+    turned_chunk = choices < kTurnedChunk ? choices : kTurnedChunk;
     hidden_stride = padded(a.I, 64), x_stride = padded(a.H, 64), row_stride = padded(widest, 64);
     x_block = kMoeBlock * words_h, hidden_block = kMoeBlock * words_i;
     start = take(4 * (a.E + 1)), order = take(4 * choices), first_block = take(4 * (a.E + 1));
     total = take(4 * a.threads * a.T * down_rows);
     x_words = take(turned ? 4 * a.T * words_h : 0), hidden_words = take(turned ? 4 * choices * words_i : 0);
-    turned_sums = take(turned ? 4 * a.threads * kTurnedChunk * kTurnedStride : 0);
+    turned_sums = take(turned ? 4 * a.threads * turned_chunk * kTurnedStride : 0);
     if (turned) return;
     x = take(a.x_stride_h != 1 ? a.T * x_stride * size : 0);
     hidden = take(choices * hidden_stride * size);
     hidden_blocks = take(4 * blocks * hidden_block);
     packed = take(8 * a.threads);
-    x_blocks = take(4 * a.threads * kMoeTokens / kMoeBlock * x_block);
-    sums = take(4 * a.threads * kMoeTokens * kMoeSums);
+    x_blocks = take(4 * a.threads * chunk / kMoeBlock * x_block);
+    sums = take(4 * a.threads * chunk * kMoeSums);
     rows = take(strided ? a.threads * kMoeDownRows * row_stride * size : 0);
     copy = take(4 * a.threads * kMoeCopiedRows * row_stride);
   }

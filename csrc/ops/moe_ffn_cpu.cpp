@@ -38,7 +38,7 @@ struct Experts {
 
   // The tokens [c0, c0 + count) of a crowded expert as blocks: this thread's last ones, or packed now.
   const float* token_blocks(i64 e, i64 c0, i64 count, int thread) const {
-    float* blocks = scratch<float>(at.x_blocks) + thread * (kMoeTokens / kMoeBlock) * at.x_block;
+    float* blocks = scratch<float>(at.x_blocks) + thread * (at.chunk / kMoeBlock) * at.x_block;
     i64& packed = scratch<i64>(at.packed)[thread];
     const i64 first = lists().start[e] + c0;
     if (packed == first) return blocks;
@@ -55,7 +55,7 @@ struct Experts {
     return scratch<float>(at.hidden_blocks) + (scratch<i32>(at.first_block)[e] + c / kMoeBlock) * at.hidden_block;
   }
   float* copy(int thread) const { return scratch<float>(at.copy) + thread * kMoeCopiedRows * at.row_stride; }
-  float* sums(int thread) const { return scratch<float>(at.sums) + thread * kMoeTokens * kMoeSums; }
+  float* sums(int thread) const { return scratch<float>(at.sums) + thread * at.chunk * kMoeSums; }
 
   f32v activate(f32v g) const {
     switch (a.act) {
@@ -166,7 +166,7 @@ struct Experts {
 
   // ---- weights stored transposed ----
 
-  float* turned_sums(int thread) const { return scratch<float>(at.turned_sums) + thread * kTurnedChunk * kTurnedStride; }
+  float* turned_sums(int thread) const { return scratch<float>(at.turned_sums) + thread * at.turned_chunk * kTurnedStride; }
 
   // Elements [i, i+n) of h for the tokens of expert e.
   void first_turned(i64 e, i64 i, i64 n, int thread) const {

@@ -8,20 +8,13 @@ namespace {
 
 constexpr int kMaxChoices = 1024;
 
-struct Layout {
-  i64 start, order, hidden, made, bytes = 0;  // i32 (E+1), i32 (T·K), h (T·K,I), weighted second product f32 (T·K,O)
+struct Layout : Workspace {
+  i64 start, order, hidden, made;  // i32 (E+1), i32 (T·K), h (T·K,I), weighted second product f32 (T·K,O)
 
   __host__ __device__ explicit Layout(const MoeFfnArgs& a) {
     const i64 choices = a.T * a.K;
     start = take(4 * (a.E + 1)), order = take(4 * choices), hidden = take(choices * a.I * (a.dtype == Dtype::f32 ? 4 : 2));
     made = take(choices * a.O * 4);
-  }
-
- private:
-  __host__ __device__ i64 take(i64 count) {
-    const i64 offset = bytes;
-    bytes += (count + 255) / 256 * 256;
-    return offset;
   }
 };
 

@@ -21,7 +21,6 @@ constexpr int kTurnedSums = 12;
 template <class T>
 struct TurnedLanes {
   static constexpr int channels = 1, vectors = 1, rows = f32v::width;
-  using Word = float;
   static void take(const T* at, std::int64_t, bool, f32v* to) { to[0] = load(at); }
   static void take(const T* at, std::int64_t, bool, f32v* to, int n) { to[0] = load(at, n); }
   static f32v mac(f32v sum, f32v weight, f32v token) { return fma(weight, token, sum); }

@@ -14,7 +14,7 @@
 //            an expert takes first choices before second ones and earlier tokens before later ones; renormalised before that
 // Order      as written; same ids for any thread count
 // Parallel   CPU: tokens over threads, then experts over threads where they choose.  CUDA: a warp per token, a block per expert
-// Cost       reads T·E·e, writes 12·T·K bytes; T·E exponentials; extra memory 12·E + 8·K per thread (CPU) and, by expert, 4·T·E
+// Cost       reads T·E·e, writes 12·T·K bytes; T·E exponentials; extra memory 16·E + 8·K per thread (CPU) and, by expert, 4·T·E
 //            (CPU) or 8·T (CUDA)
 // Why so     keys whose order as integers is the order wanted, ties included: selection needs no sort and no special case
 // Not for    scores of several experts that depend on each other in other ways; more than 32 groups
@@ -24,6 +24,7 @@
 
 #include "core/cpu/isa.h"
 #include "core/dtype.h"
+#include "core/workspace.h"
 
 namespace effvlm {
 
@@ -55,20 +56,15 @@ constexpr std::int64_t kMaxGroups = 32;
 
 inline std::int64_t padded_experts(std::int64_t E) { return (E + 15) / 16 * 16; }
 
-// CPU workspace, offsets in bytes: i64 tokens taken (E), i64 and u32 limits (E), f32 scores (T,E); per thread: f32 (3·E), u64
-// (K), u32 (T).
-struct MoeRouteLayout {
-  std::int64_t taken, last, least, scores, values, keys, column, bytes = 0;
+// CPU workspace, offsets in bytes: i64 tokens taken (E), i64 and u32 limits (E), f32 scores (T,E); per thread: f32 and u32 (4·E),
+// i64 (K), u32 (T).
+struct MoeRouteLayout : Workspace {
+  std::int64_t taken, last, least, scores, values, chosen, column;
 
   explicit MoeRouteLayout(const MoeRouteArgs& a) {
-    const auto take = [&](std::int64_t count) {
-      const std::int64_t offset = bytes;
-      bytes += (count + 63) / 64 * 64;
-      return offset;
-    };
     taken = take(8 * a.E), last = take(8 * a.E), least = take(4 * a.E);
     scores = take(a.by_expert ? 4 * a.T * a.E : 0);
-    values = take(4 * a.threads * 3 * padded_experts(a.E)), keys = take(8 * a.threads * a.K);
+    values = take(4 * a.threads * 4 * padded_experts(a.E)), chosen = take(8 * a.threads * a.K);
     column = take(a.by_expert ? 4 * a.threads * a.T : 0);
   }
 };

@@ -9,7 +9,6 @@ namespace {
 
 using i64 = std::int64_t;
 using u32 = std::uint32_t;
-using u64 = std::uint64_t;
 
 // Unsigned integers in the order of the floats: −Inf first, then numbers, then Inf, then NaN; −0 equals 0.
 inline u32 ordered(float x) {
@@ -18,30 +17,20 @@ inline u32 ordered(float x) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// Keys of what is chosen among: a larger key is a better choice, and of equal values the one of lower index is better.
-inline u64 key_of(float x, i64 index) { return static_cast<u64>(ordered(x)) << 32 | (0x7fffffffu - static_cast<u32>(index)); }
-inline i64 index_of(u64 key) { return 0x7fffffffu - static_cast<u32>(key); }
+// And back, for all but NaN's payload.
+inline float unordered(u32 key) { return bits_to_f32(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
 
-// The `wanted` largest keys, largest first, of those given to add().
-struct Best {
-  u64* key;
-  i64 wanted, found = 0;
+constexpr u32 kClosed = 0;  // below every float, −Inf included
 
-  void add(u64 candidate) {
-    if (found == wanted && candidate <= key[found - 1]) return;
-    i64 place = found < wanted ? found++ : found - 1;
-    for (; place > 0 && key[place - 1] < candidate; --place) key[place] = key[place - 1];
-    key[place] = candidate;
-  }
-};
-
-constexpr float kInfinity = __builtin_inff();
-
-inline bool is_finite(float x) { return x - x == 0; }
+inline u32 largest(const u32* key, i64 n) {
+  u32 most = 0;
+  for (i64 i = 0; i < n; ++i) most = key[i] > most ? key[i] : most;
+  return most;
+}
 
 // Of numbers; of NaN what is left without them.
 inline float most_of(const float* x, i64 n) {
-  f32v most = set1(-kInfinity);
+  f32v most = set1(-__builtin_inff());
   i64 i = 0;
   for (; i + f32v::width <= n; i += f32v::width) most = max(load(x + i), most);
   float all = reduce_max(most);
@@ -68,7 +57,10 @@ struct Router {
     return reinterpret_cast<P*>(static_cast<char*>(a.workspace) + offset);
   }
   bool is_routed(i64 t) const { return !a.mask || a.mask[t * a.mask_stride]; }
-  u64* keys(int thread) const { return scratch<u64>(at.keys) + thread * a.K; }
+  // Per thread: values of all experts (which a token's choices may use up), a second set, and keys of them and of their runs.
+  float* values(int thread) const { return scratch<float>(at.values) + thread * 4 * padded_experts(a.E); }
+  u32* keys(int thread) const { return reinterpret_cast<u32*>(values(thread) + 2 * padded_experts(a.E)); }
+  i64* chosen(int thread) const { return scratch<i64>(at.chosen) + thread * a.K; }
 
   void logits_of(i64 t, float* to) const {
     const T* from = static_cast<const T*>(a.logits) + t * a.logits_stride_t;
@@ -96,94 +88,73 @@ struct Router {
     for (i64 e = 0; e < a.E; ++e) to[e] /= sum;
   }
 
-  // The K best choices of a token into `best`; `choice` is used up.
-  void choose(float* choice, Best& best) const {
+  // Closes the experts of all groups but the top_groups best ones.
+  void close_groups(u32* key) const {
     const i64 size = a.E / a.groups;
-    const bool plain = is_finite(sum_of(choice, a.E));  // neither NaN nor infinities, whose order is not that of comparisons
-    if (a.top_groups < a.groups) {
-      float value[kMaxGroups];
-      bool open[kMaxGroups] = {};
-      u64 keys[kMaxGroups] = {};
-      Best group{keys, a.top_groups};
-      for (i64 g = 0; g < a.groups; ++g) {
-        value[g] = plain ? two_best(choice + g * size, size) : two_best_of_any(choice + g * size, size);
-        group.add(key_of(value[g], g));
-      }
-      for (i64 k = 0; k < group.found; ++k) open[index_of(keys[k])] = true;
+    u32 value[kMaxGroups];
+    for (i64 g = 0; g < a.groups; ++g) value[g] = ordered(worth(key + g * size, size));
+    for (i64 left = a.groups - a.top_groups; left > 0; --left) {
+      i64 worst = -1;  // of equal ones the last
       for (i64 g = 0; g < a.groups; ++g)
-        for (i64 e = g * size; e < (g + 1) * size; ++e) {
-          if (!plain && open[g]) best.add(key_of(choice[e], e));
-          if (!open[g]) choice[e] = -kInfinity;
-        }
-    } else if (!plain) {
-      for (i64 e = 0; e < a.E; ++e) best.add(key_of(choice[e], e));
-    }
-    if (plain) pick(choice, best);
-  }
-
-  // Takes the largest K times, by the largest of each run of 16.
-  void pick(float* choice, Best& best) const {
-    constexpr i64 kRun = 16;
-    float* most = choice + 2 * padded_experts(a.E);
-    const auto look = [&](i64 run) {
-      const i64 left = a.E - run * kRun;
-      most[run] = most_of(choice + run * kRun, left < kRun ? left : kRun);
-    };
-    const i64 runs = (a.E + kRun - 1) / kRun;
-    for (i64 run = 0; run < runs; ++run) look(run);
-    for (; best.found < a.K; ++best.found) {
-      i64 run = 0;
-      for (i64 other = 1; other < runs; ++other) run = most[other] > most[run] ? other : run;
-      i64 e = run * kRun;
-      while (choice[e] != most[run]) ++e;
-      best.key[best.found] = key_of(choice[e], e);
-      choice[e] = -kInfinity;
-      look(run);
+        if (value[g] != kClosed && (worst < 0 || value[g] <= value[worst])) worst = g;
+      value[worst] = kClosed;
+      for (i64 e = worst * size; e < (worst + 1) * size; ++e) key[e] = kClosed;
     }
   }
 
   // What a group of experts counts: its best choice, with a bias plus its second best.
-  float two_best(const float* choice, i64 size) const {
-    f32v first = set1(-kInfinity), second = first;
-    const auto take = [&](f32v x) { second = max(second, min(first, x)), first = max(first, x); };
-    i64 e = 0;
-    for (; e + f32v::width <= size; e += f32v::width) take(load(choice + e));
-    float lanes[2 * f32v::width], most = -kInfinity, next = -kInfinity;
-    store(lanes, first), store(lanes + f32v::width, second);
-    const auto take_one = [&](float x) { next = x > most ? most : x > next ? x : next, most = x > most ? x : most; };
-    for (const float x : lanes) take_one(x);
-    for (; e < size; ++e) take_one(choice[e]);
-    return a.bias && size > 1 ? most + next : most;
-  }
-  float two_best_of_any(const float* choice, i64 size) const {
-    u64 keys[2] = {};
-    Best best{keys, a.bias && size > 1 ? 2 : 1};
-    for (i64 e = 0; e < size; ++e) best.add(key_of(choice[e], e));
-    return choice[index_of(keys[0])] + (best.found == 2 ? choice[index_of(keys[1])] : 0);
+  float worth(const u32* key, i64 size) const {
+    u32 most = 0, next = 0;
+    for (i64 i = 0; i < size; ++i)
+      next = key[i] > most ? most : key[i] > next ? key[i] : next, most = key[i] > most ? key[i] : most;
+    return unordered(most) + (a.bias && size > 1 ? unordered(next) : 0);
   }
 
-  // Ids and weights of a token from its best choices and all its scores.
-  void write(i64 t, const Best& best, const float* scores) const {
-    float sum = 1e-20f;
-    for (i64 k = 0; k < best.found; ++k) sum += scores[index_of(best.key[k])];
+  // Takes the largest key K times, or until all are closed, by the largest of each run of 16. Returns how many; of equal ones the
+  // first.
+  i64 pick(u32* key, i64* expert) const {
+    constexpr i64 kRun = 16;
+    u32* most = key + padded_experts(a.E);
+    const i64 runs = (a.E + kRun - 1) / kRun;
+    const auto look = [&](i64 run) {
+      const i64 left = a.E - run * kRun;
+      most[run] = largest(key + run * kRun, left < kRun ? left : kRun);
+    };
+    for (i64 run = 0; run < runs; ++run) look(run);
     for (i64 k = 0; k < a.K; ++k) {
-      const bool is = k < best.found;
-      const i64 e = is ? index_of(best.key[k]) : -1;
-      a.ids[t * a.K + k] = e;
-      a.weight[t * a.K + k] = !is ? 0 : a.scale * (a.renormalize ? scores[e] / sum : scores[e]);
+      i64 run = 0;
+      for (i64 other = 1; other < runs; ++other) run = most[other] > most[run] ? other : run;
+      if (most[run] == kClosed) return k;
+      i64 e = run * kRun;
+      while (key[e] != most[run]) ++e;
+      expert[k] = e, key[e] = kClosed;
+      look(run);
+    }
+    return a.K;
+  }
+
+  // Ids and weights of a token from the experts it has got and all its scores.
+  void write(i64 t, const i64* expert, i64 found, const float* scores) const {
+    float sum = 1e-20f;
+    for (i64 k = 0; k < found; ++k) sum += scores[expert[k]];
+    for (i64 k = 0; k < a.K; ++k) {
+      a.ids[t * a.K + k] = k < found ? expert[k] : -1;
+      a.weight[t * a.K + k] = k < found ? a.scale * (a.renormalize ? scores[expert[k]] / sum : scores[expert[k]]) : 0;
     }
   }
 
   void by_token(i64 t, int thread) const {
-    float *logits = scratch<float>(at.values) + thread * 3 * padded_experts(a.E), *scores = logits + padded_experts(a.E);
-    Best best{keys(thread), a.K};
+    float *choice = values(thread), *scores = choice + padded_experts(a.E);
+    i64 found = 0;
     if (is_routed(t) && a.K) {
-      logits_of(t, logits);
-      scores_of(logits, scores);
-      for (i64 e = 0; a.bias && e < a.E; ++e) logits[e] = scores[e] + a.bias[e * a.bias_stride];
-      choose(logits, best);
+      logits_of(t, choice);
+      scores_of(choice, scores);
+      for (i64 e = 0; a.bias && e < a.E; ++e) choice[e] = scores[e] + a.bias[e * a.bias_stride];
+      for (i64 e = 0; e < a.E; ++e) keys(thread)[e] = ordered(choice[e]);
+      if (a.top_groups < a.groups) close_groups(keys(thread));
+      found = pick(keys(thread), chosen(thread));
     }
-    write(t, best, scores);
+    write(t, chosen(thread), found, scores);
   }
 
   // First choices of all tokens before second ones; an expert that is full takes no more.
@@ -220,12 +191,12 @@ struct Router {
 
   void of_takers(i64 t, int thread) const {
     const float* scores = scratch<float>(at.scores) + t * a.E;
-    Best best{keys(thread), a.K};
-    for (i64 e = 0; e < a.E && is_routed(t) && a.K; ++e) {
+    u32* key = keys(thread);
+    for (i64 e = 0; e < a.E; ++e) {
       const u32 mine = ordered(scores[e]), least = scratch<u32>(at.least)[e];
-      if (mine > least || (mine == least && t <= scratch<i64>(at.last)[e])) best.add(key_of(scores[e], e));
+      key[e] = is_routed(t) && (mine > least || (mine == least && t <= scratch<i64>(at.last)[e])) ? mine : kClosed;
     }
-    write(t, best, scores);
+    write(t, chosen(thread), a.K ? pick(key, chosen(thread)) : 0, scores);
   }
 
   template <class F>
@@ -243,8 +214,7 @@ struct Router {
       return;
     }
     parallel(a.T, grain, [&](i64 t, int thread) {
-      float* logits = scratch<float>(at.values) + thread * 3 * padded_experts(a.E);
-      if (a.E) logits_of(t, logits), scores_of(logits, scratch<float>(at.scores) + t * a.E);
+      if (a.E) logits_of(t, values(thread)), scores_of(values(thread), scratch<float>(at.scores) + t * a.E);
     });
     parallel(a.E, 1, [&](i64 e, int thread) { limits_of(e, thread); });
     parallel(a.T, grain, [&](i64 t, int thread) { of_takers(t, thread); });

@@ -13,19 +13,12 @@ using u64 = unsigned long long;
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 
-struct Layout {
-  i64 stats, limits, chosen, bytes = 0;  // per token f32 most, sum · per expert u32 least, i32 last · i32 (T,K) before capacity
+struct Layout : Workspace {
+  i64 stats, limits, chosen;  // per token f32 most, sum · per expert u32 least, i32 last · i32 (T,K) before capacity
 
   __host__ __device__ explicit Layout(const MoeRouteArgs& a) {
     const bool limited = a.capacity >= 0 && !a.by_expert;
     stats = take(a.by_expert ? 8 * a.T : 0), limits = take(a.by_expert ? 8 * a.E : 0), chosen = take(limited ? 4 * a.T * a.K : 0);
-  }
-
- private:
-  __host__ __device__ i64 take(i64 count) {
-    const i64 offset = bytes;
-    bytes += (count + 255) / 256 * 256;
-    return offset;
   }
 };
 

@@ -55,7 +55,8 @@ class TowerMoE(torch.nn.Module):
         """(…, H) → (…, H)."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         weights, ids = moe_route(self.router(flat), self.top_k, renormalize=True)
-        return self.experts(flat, ids, weights).view(hidden_states.shape)  # type: ignore[no-any-return]
+        made: torch.Tensor = self.experts(flat, ids, weights)
+        return made.view(hidden_states.shape)
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments."""

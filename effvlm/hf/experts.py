@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from effvlm._library import FLOATS, say_once
+from effvlm._library import say_once
 from effvlm.hf import own_experts
 from effvlm.hf.gates import Gate, gate_of, match_gate
 from effvlm.hf.in_parts import by_id, experts_in_parts
@@ -80,14 +80,8 @@ def find_gate(module: Any) -> Gate | None:
 
 def why_not(module: Any) -> str:
     """Why a module's experts cannot run on our kernels; empty when they can."""
-    for weight in weights_of(module):
-        if weight.dtype not in FLOATS or type(weight) not in (torch.Tensor, torch.nn.Parameter):
-            return (
-                f"weights are {str(weight.dtype).removeprefix('torch.')} {type(weight).__name__}; transformers' grouped_mm runs"
-            )
-        if weight.device.type not in ("cpu", "cuda"):
-            return f"weights are on {weight.device} (offloaded?); transformers' grouped_mm runs"
-    return ""
+    reason = own_experts.odd_weight(weights_of(module))
+    return reason and f"{reason}; transformers' grouped_mm runs"
 
 
 def experts_forward(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:

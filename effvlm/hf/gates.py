@@ -34,7 +34,7 @@ def _candidates(gated: bool, limits: Iterable[float], alphas: Iterable[float]) -
     if not gated:
         return [Gate(act, gated=False) for act in ACTS]
     choices = itertools.product(ACTS, (False, True), (1.0, 1.702, *alphas), (math.inf, *limits), (0.0, 1.0))
-    return [Gate(act, True, *rest) for act, *rest in choices]  # type: ignore[arg-type]
+    return [Gate(act, True, interleaved, alpha, limit, offset) for act, interleaved, alpha, limit, offset in choices]
 
 
 def match_gate(

@@ -18,7 +18,7 @@ def experts_in_parts(
 
     Args:
         x: (T, H).
-        ids: (T, K) int64; choices outside the experts count nothing.
+        ids: (T, K) int64; the product of a choice outside the experts is zeros, which ``after`` gets.
         weight: (T, K).
         up, down: (S, …) rows, one for each choice → the products of their experts; :func:`by_id` makes them.
         between: (S, R) → (S, I), the gate.
@@ -27,7 +27,7 @@ def experts_in_parts(
     made = down(between(up(x.repeat_interleave(ids.shape[1], 0))))
     if after is not None:
         made = after(made)
-    return (made.view(*ids.shape, made.shape[1]) * weight[..., None].to(made.dtype)).sum(1)
+    return (made.view(*ids.shape, made.shape[1]).float() * weight[..., None].float()).sum(1).to(made.dtype)
 
 
 def by_id(ids: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Rows:

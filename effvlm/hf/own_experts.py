@@ -7,7 +7,7 @@ of each class against its own forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -218,12 +218,13 @@ def _agrees(module: torch.nn.Module, family: Family) -> bool:
     return own.shape == ours.shape and bool(((own - ours).abs() <= limit).all())
 
 
-def _odd_parameter(module: torch.nn.Module) -> str:
-    for parameter in module.parameters():
-        if parameter.dtype not in FLOATS or type(parameter) is not torch.nn.Parameter:
-            return f"weights are {str(parameter.dtype).removeprefix('torch.')} {type(parameter).__name__}"
-        if parameter.device.type not in ("cpu", "cuda"):
-            return f"weights are on {parameter.device} (offloaded?)"
+def odd_weight(weights: Iterable[torch.Tensor]) -> str:
+    """What about a module's weights our kernels cannot read; empty when they can."""
+    for weight in weights:
+        if weight.dtype not in FLOATS or type(weight) not in (torch.Tensor, torch.nn.Parameter):
+            return f"weights are {str(weight.dtype).removeprefix('torch.')} {type(weight).__name__}"
+        if weight.device.type not in ("cpu", "cuda"):
+            return f"weights are on {weight.device} (offloaded?)"
     return ""
 
 
@@ -235,7 +236,7 @@ def why_not(module: torch.nn.Module, tried: dict[str, bool]) -> str:
         tried: class name → whether ours agrees; filled here, so that one of each class is tried.
     """
     name, family = type(module).__name__, FAMILIES[type(module).__name__]
-    reason = _odd_parameter(module)
+    reason = odd_weight(module.parameters())
     if not reason and family.gate != "none" and gate_of(module, _find_gate, again=True) is None and family.gate == "needed":
         reason = "its gate is none that is fused"
     if not reason:
