@@ -17,10 +17,10 @@ namespace {
 constexpr int kLanes = kMoeBlock;
 
 #if defined(__AVX512F__)
-constexpr int kRows = 8, kTokens = 3;       // few tokens: 24 sums, 3 tokens, one row
-constexpr int kManyRows = 12, kBlocks = 2;  // many: 24 sums, 2 blocks, one weight
+constexpr int kRows = 8, kTokens = 6, kFewSums = 24;  // few tokens: 24 sums at most, of one row and up to 6 tokens
+constexpr int kManyRows = 12, kBlocks = 2;            // many: 24 sums, 2 blocks, one weight
 #else
-constexpr int kRows = 4, kTokens = 2;
+constexpr int kRows = 4, kTokens = 4, kFewSums = 12;
 constexpr int kManyRows = 48 / kLanes * f32v::width / 4, kBlocks = 1;  // 12 sums
 #endif
 
@@ -63,28 +63,30 @@ void copy_rows(const T* from, std::int64_t stride, std::int64_t stride_c, std::i
 
 // ---- few tokens ----
 
-// out[c·stride + r] = <rows[r], tokens[c]> + bias[r] for r < R rows and NR tokens.
+// out[c·stride + r] = <rows[r], tokens[c]> + bias[r] for r < R rows and NR tokens. Rows pass by once, the next ones fetched
+// meanwhile.
 template <class T, int NR>
-inline void product_of(const T* const* rows, std::int64_t R, const T* const* tokens, std::int64_t C, const float* bias,
-                       float* out, std::int64_t stride) {
-  float sums[kRows * NR];
-  const T* row[kRows];
-  for (int i = 0; i < kRows; ++i) row[i] = rows[i < R ? i : R - 1];
-  dots<T, kRows, NR, 1>(row, tokens, C, sums);
-  for (int j = 0; j < NR; ++j)
-    for (int i = 0; i < kRows && i < R; ++i) out[j * stride + i] = sums[j * kRows + i] + bias[i];
+void product_of(const T* const* rows, std::int64_t R, const T* const* tokens, std::int64_t C, const float* bias, float* out,
+                std::int64_t stride) {
+  constexpr int MR = NR == 1 ? kRows : kFewSums / NR < 4 ? kFewSums / NR : 4;
+  for (std::int64_t r = 0; r < R; r += MR) {
+    float sums[MR * NR];
+    const T *row[MR], *next[MR];
+    for (int i = 0; i < MR; ++i) row[i] = rows[r + i < R ? r + i : R - 1], next[i] = rows[r + MR + i < R ? r + MR + i : R - 1];
+    dots<T, MR, NR, 1>(row, tokens, C, sums, NR > 1 && r + MR < R ? next : nullptr);
+    for (int j = 0; j < NR; ++j)
+      for (int i = 0; i < MR && r + i < R; ++i) out[j * stride + r + i] = sums[j * MR + i] + bias[r + i];
+  }
 }
 
-template <class T>
+// The same for `count` tokens, at most kTokens of them together.
+template <class T, int NR = kTokens>
 void product_few(const T* const* rows, std::int64_t R, const T* const* tokens, std::int64_t count, std::int64_t C,
                  const float* bias, float* out, std::int64_t stride) {
-  for (std::int64_t r = 0; r < R; r += kRows) {
-    std::int64_t c = 0;
-    for (; c + kTokens <= count; c += kTokens)
-      product_of<T, kTokens>(rows + r, R - r, tokens + c, C, bias + r, out + c * stride + r, stride);
-    if (count - c == 2) product_of<T, 2>(rows + r, R - r, tokens + c, C, bias + r, out + c * stride + r, stride);
-    if (count - c == 1) product_of<T, 1>(rows + r, R - r, tokens + c, C, bias + r, out + c * stride + r, stride);
-  }
+  if constexpr (NR > 1)
+    if (count < NR) return product_few<T, NR - 1>(rows, R, tokens, count, C, bias, out, stride);
+  product_of<T, NR>(rows, R, tokens, C, bias, out, stride);
+  if (count > NR) product_few<T>(rows, R, tokens + NR, count - NR, C, bias, out + NR * stride, stride);
 }
 
 // ---- many tokens ----
