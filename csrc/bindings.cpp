@@ -11,10 +11,13 @@
 #include "core/check.h"
 #include "core/cpu/isa.h"
 #include "core/cpu/parallel.h"
+#include "core/gap_planes_pack.h"
 #include "core/view.h"
 #include "ops/grouped_linear.h"
 #include "ops/moe_ffn.h"
 #include "ops/moe_route.h"
+#include "ops/ternary_matmul.h"
+#include "ops/ternary_unpack.h"
 #include "ops/token_match.h"
 #include "ops/token_merge.h"
 
@@ -204,6 +207,84 @@ void route(const Raw& logits, std::int64_t K, const std::string& score, const Op
   run(a, place, moe_route_cpu, EFFVLM_CUDA_FORM(moe_route));
 }
 
+// ---- gap planes: one stack of matrices as (data, tiles, base) ----
+
+GapPlanes planes_of(const Raw& data, const Raw& tiles, const Raw& base, std::int64_t E, std::int64_t R, std::int64_t C,
+                    std::int64_t levels) {
+  const View d = view(data), t = view(tiles), b = view(base);
+  const GapPlanes w{
+      E, R, C, static_cast<int>(levels), d.as<std::uint32_t>(), d.shape[0], t.as<std::uint32_t>(), b.as<std::uint32_t>()};
+  EFFVLM_CHECK(t.shape[0] == E && t.shape[1] == blocks_of(w) && t.shape[2] == strips_of(w.C) && t.shape[3] == 2 &&
+                   b.shape[0] == E * blocks_of(w) * groups_of(w) + 1 && d.shape[0] >= kDataPadding,
+               "ternary: the tensors do not belong to %lld matrices of %lld × %lld", static_cast<long long>(E),
+               static_cast<long long>(R), static_cast<long long>(C));
+  return w;
+}
+
+std::int64_t planes_measure(const Raw& weights_raw, std::int64_t levels, const Raw& tiles, const Raw& base, int threads) {
+  const View weights = view(weights_raw);
+  const GapPlanes w{weights.shape[0], weights.shape[1], weights.shape[2], static_cast<int>(levels), nullptr, 0, nullptr, nullptr};
+  auto *to_tiles = view(tiles).as<std::uint32_t>(), *to_base = view(base).as<std::uint32_t>();
+  py::gil_scoped_release release;
+  return gap_planes_measure(weights.as<std::int8_t>(), w, to_tiles, to_base, threads);
+}
+
+void planes_write(const Raw& weights_raw, std::int64_t levels, const Raw& data, const Raw& tiles, const Raw& base, int threads) {
+  const View weights = view(weights_raw);
+  const GapPlanes w = planes_of(data, tiles, base, weights.shape[0], weights.shape[1], weights.shape[2], levels);
+  auto* to_data = view(data).as<std::uint32_t>();
+  py::gil_scoped_release release;
+  gap_planes_write(weights.as<std::int8_t>(), w, to_data, threads);
+}
+
+void planes_validate(const Raw& data, const Raw& tiles, const Raw& base, std::int64_t E, std::int64_t R, std::int64_t C,
+                     std::int64_t levels, std::int64_t first, std::int64_t last, int threads) {
+  const GapPlanes w = planes_of(data, tiles, base, E, R, C, levels);
+  EFFVLM_CHECK(0 <= first && first <= last && last <= E, "ternary: expected matrices in 0 … %lld", static_cast<long long>(E));
+  py::gil_scoped_release release;
+  gap_planes_validate(w, first, last, threads);
+}
+
+std::int64_t unpack_workspace(const Raw&, const Raw&, const Raw&, std::int64_t, std::int64_t, std::int64_t, const Place&) {
+  return 0;
+}
+
+void unpack(const Raw& data, const Raw& tiles, const Raw& base, std::int64_t R, std::int64_t C, std::int64_t levels,
+            const Raw& out, const Raw&, const Place& place) {
+  const GapPlanes w = planes_of(data, tiles, base, view(tiles).shape[0], R, C, levels);
+  run(TernaryUnpackArgs{w, view(out).as<std::int8_t>(), std::get<2>(place)}, place, ternary_unpack_cpu,
+      EFFVLM_CUDA_FORM(ternary_unpack));
+}
+
+TernaryMatmulArgs ternary_args(const Raw& x_raw, const Raw& ids_raw, const Raw& data, const Raw& tiles, const Raw& base,
+                               const Raw& scale_raw, std::int64_t levels, bool int8, const Place& place) {
+  const View x = view(x_raw), ids = view(ids_raw), scale = view(scale_raw);
+  TernaryMatmulArgs a{};
+  a.T = x.shape[0], a.K = ids.shape[1], a.dtype = x.dtype, a.int8 = int8;
+  a.x = x.data, a.x_stride_t = x.stride[0], a.x_stride_c = x.stride[1];
+  a.ids = ids.as<std::int64_t>(), a.ids_stride_t = ids.stride[0], a.ids_stride_k = ids.stride[1];
+  a.weight = planes_of(data, tiles, base, scale.shape[0], scale.shape[1], x.shape[1], levels);
+  a.scale = scale.as<bf16>(), a.scale_stride_e = scale.stride[0], a.scale_stride_r = scale.stride[1];
+  a.threads = std::get<2>(place);
+  return a;
+}
+
+std::int64_t ternary_workspace(const Raw& x, const Raw& ids, const Raw& data, const Raw& tiles, const Raw& base, const Raw& scale,
+                               std::int64_t levels, bool int8, const Place& place) {
+  const TernaryMatmulArgs a = ternary_args(x, ids, data, tiles, base, scale, levels, int8, place);
+#if EFFVLM_WITH_CUDA
+  if (kEmulated || std::get<0>(place) >= 0) return ternary_matmul_workspace_cuda(a);
+#endif
+  return TernaryMatmulLayout(a).bytes;
+}
+
+void ternary(const Raw& x, const Raw& ids, const Raw& data, const Raw& tiles, const Raw& base, const Raw& scale,
+             std::int64_t levels, bool int8, const Raw& out, const Raw& workspace, const Place& place) {
+  TernaryMatmulArgs a = ternary_args(x, ids, data, tiles, base, scale, levels, int8, place);
+  a.out = view(out).data, a.workspace = view(workspace).data, a.workspace_bytes = view(workspace).shape[0];
+  run(a, place, ternary_matmul_cpu, EFFVLM_CUDA_FORM(ternary_matmul));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -226,6 +307,13 @@ PYBIND11_MODULE(_core, m) {
   m.def("moe_ffn", &moe);
   m.def("moe_route_workspace", &route_workspace);
   m.def("moe_route", &route);
+  m.def("gap_planes_measure", &planes_measure);
+  m.def("gap_planes_write", &planes_write);
+  m.def("gap_planes_validate", &planes_validate);
+  m.def("ternary_matmul_workspace", &ternary_workspace);
+  m.def("ternary_matmul", &ternary);
+  m.def("ternary_unpack_workspace", &unpack_workspace);
+  m.def("ternary_unpack", &unpack);
   m.def("token_match_workspace", &match_workspace);
   m.def("token_match", &match);
   m.def("token_merge_workspace", &merge_workspace);

@@ -2,15 +2,31 @@
 
 from importlib.metadata import version
 
-from effvlm import demo, experts, tokens
+from effvlm import demo, experts, ops, tokens
 from effvlm._library import set_cpu_isa
 from effvlm.hf import disable, enable, reduce
-from effvlm.ops import MoeRoute, TokenMatch, TokenMerge, grouped_linear, moe_ffn, moe_route, token_match, token_merge
+from effvlm.hf.registration import register
+from effvlm.ops import (
+    MoeRoute,
+    TernaryWeight,
+    TokenMatch,
+    TokenMerge,
+    grouped_linear,
+    moe_ffn,
+    moe_route,
+    ternary_matmul,
+    ternary_pack,
+    ternary_unpack,
+    token_match,
+    token_merge,
+)
 
 __version__ = version("effvlm")
+register()  # from_pretrained knows compressed models from here on
 
 __all__ = [
     "MoeRoute",
+    "TernaryWeight",
     "TokenMatch",
     "TokenMerge",
     "__version__",
@@ -21,8 +37,12 @@ __all__ = [
     "grouped_linear",
     "moe_ffn",
     "moe_route",
+    "ops",
     "reduce",
     "set_cpu_isa",
+    "ternary_matmul",
+    "ternary_pack",
+    "ternary_unpack",
     "token_match",
     "token_merge",
     "tokens",

@@ -36,6 +36,7 @@ _DTYPE_CODE = {
     torch.int8: 6,
     torch.bool: 7,
     torch.float64: 8,
+    torch.uint32: 9,
 }
 
 Tensors = tuple[torch.Tensor, ...]
@@ -131,6 +132,11 @@ def _run(op: Op, *args: Any) -> Tensors:
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
     getattr(core, op.name)(*views, *map(_view, outputs), _view(workspace), place)
     return outputs
+
+
+def call_host(name: str, *args: Any) -> Any:
+    """``effvlm._core.<name>(*args, threads)`` on host tensors: what is not an op, because its results' sizes depend on values."""
+    return getattr(_core, name)(*(_view(a) if isinstance(a, torch.Tensor) else a for a in args), torch.get_num_threads())
 
 
 def register(

@@ -50,6 +50,8 @@ def amx_emulated() -> ModuleType:
     sources = [
         "bindings.cpp",
         "core/check.cpp",
+        "core/gap_planes_pack.cpp",
+        "core/gap_planes_validate.cpp",
         "core/cpu/isa.cpp",
         "core/cpu/parallel.cpp",
         *(f"ops/{op}_cpu.cpp" for op in ops),

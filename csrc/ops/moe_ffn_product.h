@@ -215,12 +215,12 @@ inline void turn(const float* sums, std::int64_t width, std::int64_t left, float
 #if defined(EFFVLM_HAS_AMX)
 // Tiles: a tile of weights is 16 rows × 32 elements as they stand in memory, and 16 words of a packed block are the other
 // operand.
-constexpr std::int64_t kTileRows = 16, kTileWords = 16, kTilePass = 32;
+constexpr std::int64_t kAmxRows = 16, kAmxWords = 16, kAmxPass = 32;
 
 // Whether the next rows are tiles: so many, at one distance, and whole words.
 inline bool are_tiles(const bf16* const* rows, std::int64_t R, std::int64_t words) {
-  if (R < kTileRows || words % kTileWords) return false;
-  for (int i = 2; i < kTileRows; ++i)
+  if (R < kAmxRows || words % kAmxWords) return false;
+  for (int i = 2; i < kAmxRows; ++i)
     if (rows[i] - rows[0] != i * (rows[1] - rows[0])) return false;
   return true;
 }
@@ -234,7 +234,7 @@ inline void product_of_tiles(const bf16* const* rows, const bf16* const* more_ro
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (std::int64_t d = 0; d < words; d += kTileWords) {
+  for (std::int64_t d = 0; d < words; d += kAmxWords) {
     _tile_loadd(4, rows[0] + 2 * d, bytes);
     _tile_loadd(5, more_rows[0] + 2 * d, more_bytes);
     _tile_loadd(6, block + d * kLanes, 64);
@@ -254,19 +254,19 @@ inline void product_of_tiles(const bf16* const* rows, const bf16* const* more_ro
 inline std::int64_t product_of_tile_rows(const bf16* const* rows, std::int64_t R, const float* blocks, std::int64_t block_stride,
                                          std::int64_t count, std::int64_t words, const float* bias, float* out) {
   if (!are_tiles(rows, R, words)) return 0;
-  const bool both = are_tiles(rows + kTileRows, R - kTileRows, words);
+  const bool both = are_tiles(rows + kAmxRows, R - kAmxRows, words);
   [[maybe_unused]] const TileScope tiles;
-  alignas(64) float sums[2 * kTileRows * kTilePass];
-  for (std::int64_t c = 0; c < count; c += kTilePass) {
+  alignas(64) float sums[2 * kAmxRows * kAmxPass];
+  for (std::int64_t c = 0; c < count; c += kAmxPass) {
     const float* block = blocks + c / kLanes * block_stride;
-    product_of_tiles(rows, both ? rows + kTileRows : rows, block, count - c > kLanes ? block + block_stride : block, words, sums);
-    for (std::int64_t i = 0; i < (both ? 2 : 1) * kTileRows; ++i)
-      for (std::int64_t l = 0; l < kTilePass; l += f32v::width)
-        store(sums + i * kTilePass + l, load(sums + i * kTilePass + l) + set1(bias[i]));
-    turn(sums, kTilePass, kTileRows, out + c * kMoeSums);
-    if (both) turn(sums + kTileRows * kTilePass, kTilePass, kTileRows, out + c * kMoeSums + kTileRows);
+    product_of_tiles(rows, both ? rows + kAmxRows : rows, block, count - c > kLanes ? block + block_stride : block, words, sums);
+    for (std::int64_t i = 0; i < (both ? 2 : 1) * kAmxRows; ++i)
+      for (std::int64_t l = 0; l < kAmxPass; l += f32v::width)
+        store(sums + i * kAmxPass + l, load(sums + i * kAmxPass + l) + set1(bias[i]));
+    turn(sums, kAmxPass, kAmxRows, out + c * kMoeSums);
+    if (both) turn(sums + kAmxRows * kAmxPass, kAmxPass, kAmxRows, out + c * kMoeSums + kAmxRows);
   }
-  return both ? 2 * kTileRows : kTileRows;
+  return both ? 2 * kAmxRows : kAmxRows;
 }
 #endif
 

@@ -109,7 +109,7 @@ class Emulated:
 def _extent(view: tuple[Any, ...]) -> tuple[int, int]:
     """(first address, bytes) that a view may touch."""
     address, shape, stride, code, _ = view
-    size = {0: 4, 1: 2, 2: 2, 3: 4, 4: 8, 5: 1, 6: 1, 7: 1, 8: 8}[code]
+    size = {0: 4, 1: 2, 2: 2, 3: 4, 4: 8, 5: 1, 6: 1, 7: 1, 8: 8, 9: 4}[code]
     if 0 in shape:
         return address, 0
     return address, size * (1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)))
@@ -120,7 +120,8 @@ def load() -> Emulated:
     """The module for ``effvlm._library.backend("compiled", host_core=…)``."""
     ops = ROOT / "csrc/ops"
     cuda = sorted(p for p in ops.glob("*_cuda.cu"))
-    host = [ROOT / "csrc" / name for name in ("bindings.cpp", "core/check.cpp", "core/cpu/isa.cpp", "core/cpu/parallel.cpp")]
+    core = ("check", "gap_planes_pack", "gap_planes_validate", "cpu/isa", "cpu/parallel")
+    host = [ROOT / "csrc/bindings.cpp", *(ROOT / f"csrc/core/{name}.cpp" for name in core)]
     cpu = sorted(ops.glob("*_cpu.cpp"))
     os.environ.setdefault("EFFVLM_SIMT_FLAGS", "-O1")
     module = build(cuda, host, "_core", scalar=cpu)

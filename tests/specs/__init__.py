@@ -54,6 +54,8 @@ class Spec:
         prepared: peers that get ready first, outside the timing: name → function of the arguments that returns what to time, or
             raises ValueError with the sentence that its row shows instead.
         streamed: arguments that the reference converts to the dtype of the first piece by piece, because they are gigabytes.
+        slow_reference: tests leave out all benchmarks, because the reference is no match for their sizes.
+        opaque: arguments whose bytes are a format of their own: contiguous, and nothing that strides could mean.
         run: what to call; default the op itself. Specs with a ``run`` are chains of ops: timed, not conformance-tested.
     """
 
@@ -69,12 +71,15 @@ class Spec:
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     prepared: Mapping[str, Callable[..., Callable[[], Any]]] = field(default_factory=dict)
     streamed: tuple[int, ...] = ()
+    opaque: tuple[int, ...] = ()
+    slow_reference: bool = False
     run: Callable[..., Tensors] | None = None
     reference: Callable[..., Tensors] | None = None
 
     def tested(self) -> tuple[Case, ...]:
         """The cases that tests run: all but the benchmarks that take long."""
-        return tuple(c for c in self.cases if not c.bench or (self.flops(c) < 1e9 and self.bytes(c, torch.float32) < 1e8))
+        small = [c for c in self.cases if self.flops(c) < 1e9 and self.bytes(c, torch.float32) < 1e8 and not self.slow_reference]
+        return tuple(c for c in self.cases if not c.bench or c in small)
 
     def call(self, *args: Any) -> Tensors:
         """The compiled thing."""

@@ -1,0 +1,267 @@
+#include "ops/ternary_matmul.h"
+
+#include "core/cpu/parallel.h"
+#include "core/dispatch.h"
+#include "ops/moe_ffn_lists.h"
+#include "ops/ternary_matmul_lookup.h"
+#include "ops/ternary_matmul_panel.h"
+#include "ops/ternary_matmul_tokens.h"
+
+namespace effvlm::EFFVLM_ISA {
+namespace {
+
+using i64 = std::int64_t;
+using i32 = std::int32_t;
+
+#if !defined(__AVX512VBMI2__)
+struct LookedUp {};
+#endif
+
+struct FewScratch {
+  TileList list;
+  LookedUp buffer;
+  RowSums sums[kTernaryFew];
+};
+
+template <class T>
+struct Ternary {
+  using Panel = std::conditional_t<kPairs<T>, T, float>;  // what a panel of exact products holds
+
+  const TernaryMatmulArgs& a;
+  const TernaryMatmulLayout& at;
+  const GapPlanes& w = a.weight;
+  i64 blocks = blocks_of(w), groups = groups_of(w);
+
+  template <class P>
+  P* scratch(i64 offset) const {
+    return reinterpret_cast<P*>(static_cast<char*>(a.workspace) + offset);
+  }
+  ExpertLists lists() const { return {w.E, scratch<i32>(at.start), scratch<i32>(at.order)}; }
+  float* spread(i64 t) const { return scratch<float>(at.x) + t * at.width; }
+  std::int8_t* q(i64 t) const { return scratch<std::int8_t>(at.q) + t * at.width; }
+  std::uint8_t* steps(i64 t) const { return scratch<std::uint8_t>(at.step) + t * at.strips; }
+  i32* strip_sums(i64 t) const { return scratch<i32>(at.strip_sum) + t * at.strips; }
+  T* out(i32 pair, i64 row) const { return static_cast<T*>(a.out) + pair * w.R + row; }
+  float scale(i64 e, i64 row) const { return to_f32(a.scale[e * a.scale_stride_e + row * a.scale_stride_r]); }
+  const T* contiguous(i64 t) const {
+    return a.x_stride_c == 1 ? static_cast<const T*>(a.x) + t * a.x_stride_t : scratch<T>(at.q) + t * w.C;
+  }
+
+  void prepare(i64 begin, i64 end) const {
+    for (i64 t = begin; t < end; ++t) {
+      const T* x = static_cast<const T*>(a.x) + t * a.x_stride_t;
+      spread_token(x, a.x_stride_c, w.C, at.strips, spread(t));
+      if (a.int8) {
+        scratch<float>(at.unit)[t] = quantize_token(spread(t), w.C, at.strips, w.levels, q(t), steps(t), strip_sums(t));
+      } else if (a.x_stride_c != 1) {
+        for (i64 c = 0; c < w.C; ++c) scratch<T>(at.q)[t * w.C + c] = x[c * a.x_stride_c];
+      }
+#if defined(__AVX512VBMI2__)
+      for (i64 s = 0; s < at.strips && !a.int8; ++s)
+        to_planar(spread(t) + s * kTileColumns, scratch<std::uint8_t>(at.planar) + (t * at.strips + s) * kPlanar * kTileColumns);
+#endif
+      for (i64 k = 0; k < a.K; ++k) {
+        const i64 e = a.ids[t * a.ids_stride_t + k * a.ids_stride_k];
+        if (e < 0 || e >= w.E) std::memset(static_cast<void*>(out(static_cast<i32>(t * a.K + k), 0)), 0, w.R * sizeof(T));
+      }
+    }
+  }
+
+  void read(i64 e, i64 block, i64 s, const Strip& strip, TileList& list) const {
+    read_tile(tile_at(w, e * blocks + block, s, at.strips, groups, strip.pitch), strip.pitch, w.levels, list);
+  }
+
+  // ---- few tokens ----
+
+#if defined(__AVX512VBMI2__)
+  template <bool Third, class Marks>
+  void look_up_all(const TileList& list, const Marks& marks, i64 s, i64 count, const i32* pairs, LookedUp& buffer,
+                   RowSums* sums) const {
+    for (i64 c = 0; c < count; ++c) {
+      const i64 t = pairs[c] / a.K;
+      if (a.int8) {
+        look_up<Third>(list, marks, w.levels, q(t) + s * kTileColumns, steps(t)[s], buffer, sums[c]);
+      } else {
+        const auto* planar = scratch<std::uint8_t>(at.planar) + (t * at.strips + s) * kPlanar * kTileColumns;
+        look_up<std::is_same_v<T, bf16>, Third>(list, marks, w.levels, planar, buffer, sums[c]);
+      }
+    }
+  }
+
+  // Positions of a list serve all tokens; signs are taken from its planes, and values never made.
+  void multiply_tile(i64 e, i64 block, i64 s, i64 count, const i32* pairs, TileList& list, LookedUp& buffer,
+                     RowSums* sums) const {
+    const Strip strip = strip_at(w.C, s);
+    const GapTile tile = tile_at(w, e * blocks + block, s, at.strips, groups, strip.pitch);
+    if (tile.bytes < 0) fail_corrupt();
+    if (tile.entry.kind == TileKind::dense) {
+      read_dense(tile, strip.pitch, w.levels, list);
+      return w.levels == 5 ? look_up_all<true>(list, ValueMarks{list.value}, s, count, pairs, buffer, sums)
+                           : look_up_all<false>(list, ValueMarks{list.value}, s, count, pairs, buffer, sums);
+    }
+    list.count = tile.entry.count;
+    const PlaneMarks marks{{tile.list(), list.count, planes_of(tile.entry)}, tile.entry.k};
+    read_positions(tile, strip.pitch, marks.planes, list);
+    tile.entry.kind == TileKind::gaps ? look_up_all<false>(list, marks, s, count, pairs, buffer, sums)
+                                      : look_up_all<true>(list, marks, s, count, pairs, buffer, sums);
+  }
+#else
+  void multiply_tile(i64 e, i64 block, i64 s, i64 count, const i32* pairs, TileList& list, LookedUp&, RowSums* sums) const {
+    read(e, block, s, strip_at(w.C, s), list);
+    for (i64 c = 0; c < count; ++c) {
+      const i64 t = pairs[c] / a.K;
+      if (a.int8) {
+        look_up(list, q(t) + s * kTileColumns, steps(t)[s], sums[c]);
+      } else {
+        look_up(list, spread(t) + s * kTileColumns, sums[c]);
+      }
+    }
+  }
+#endif
+
+  void multiply_few(i64 e, i64 block, i64 count, const i32* pairs, FewScratch& own) const {
+    for (i64 c = 0; c < count; ++c) own.sums[c].clear();
+    for (i64 s = 0; s < at.strips; ++s) multiply_tile(e, block, s, count, pairs, own.list, own.buffer, own.sums);
+    const i64 row = block * kTileRows, rows = w.R - row < kTileRows ? w.R - row : kTileRows;
+    for (i64 c = 0; c < count; ++c) {
+      const float unit = a.int8 ? scratch<float>(at.unit)[pairs[c] / a.K] : 1;
+      for (int r = 0; r < rows; ++r) {
+        const float sum = a.int8 ? own.sums[c].whole_of(r) : own.sums[c].exact_of(r);
+        from_f32(sum * (unit * scale(e, row + r)), *out(pairs[c], row + r));
+      }
+    }
+  }
+
+  // ---- many tokens ----
+
+  // Blocks of 16 tokens, a lane each.
+  void pack(i64 count, const i32* pairs, char* to) const {
+    for (i64 c = 0; c < count; c += kTernaryBlock, to += at.block_bytes) {
+      const i64 some = count - c < kTernaryBlock ? count - c : kTernaryBlock;
+      if constexpr (kPairs<T>) {
+        const T* rows[kTernaryBlock];
+        for (i64 l = 0; l < some && !a.int8; ++l) rows[l] = contiguous(pairs[c + l] / a.K);
+        if (!a.int8) {
+          pack_block(rows, some, w.C, reinterpret_cast<float*>(to));
+          continue;
+        }
+      }
+      const float* rows[kTernaryBlock] = {};
+      for (i64 l = 0; l < some; ++l) {
+        const i64 t = pairs[c + l] / a.K;
+        rows[l] = a.int8 ? reinterpret_cast<const float*>(q(t)) : spread(t);
+      }
+      pack_words(rows, a.int8 ? at.width / 4 : at.width, reinterpret_cast<float*>(to));
+    }
+  }
+
+  // The panel of up to three tiles of strip s; returns how many rows it has.
+  template <class P>
+  i64 fill_panel(i64 e, i64 first, i64 s, const Strip& strip, P* panel, PanelScratch& own) const {
+    i64 block = first;
+    for (; block < blocks && block < first + kTernaryRows / kTileRows; ++block) {
+      read(e, block, s, strip, own.list);
+      to_panel(own, strip.pitch, w.levels, panel + (block - first) * kTileRows * kTileColumns);
+    }
+    return (block - first) * kTileRows;
+  }
+
+  void multiply_int8(i64 e, i64 first, i64 count, const i32* pairs, const char* packed, int thread, PanelScratch& own) const {
+    auto* panel = scratch<std::uint8_t>(at.panel) + thread * kTernaryRows * kTileColumns;
+    i32 *total = scratch<i32>(at.sums) + thread * at.chunk * kTernaryRows, m[kTernaryChunk] = {}, shift[kTernaryChunk] = {};
+    std::memset(total, 0, 4 * at.chunk * kTernaryRows);
+    for (i64 s = 0; s < at.strips; ++s) {
+      const Strip strip = strip_at(w.C, s);
+      const i64 rows = fill_panel(e, first, s, strip, panel, own);
+      for (i64 c = 0; c < count; ++c) {
+        const i64 t = pairs[c] / a.K;
+        m[c] = steps(t)[s], shift[c] = w.levels / 2 * strip_sums(t)[s];
+      }
+      const auto* tokens = reinterpret_cast<const std::int8_t*>(packed) + s * kTileColumns * kTernaryBlock;
+      multiply_panels(panel, (rows + kPanelRows - 1) / kPanelRows * kPanelRows, strip.pitch, tokens, at.block_bytes, count, m,
+                      shift, total, at.chunk);
+    }
+    write(e, first, count, pairs, [&](i64 c, i64 r) { return static_cast<float>(total[r * at.chunk + c]); });
+  }
+
+  void multiply_exact(i64 e, i64 first, i64 count, const i32* pairs, const char* packed, int thread, PanelScratch& own) const {
+    Panel* panel = scratch<Panel>(at.panel) + thread * kTernaryRows * kTileColumns;
+    float *total = scratch<float>(at.sums) + thread * at.chunk * kTernaryRows, none[kMoeDownRows] = {};
+    float *part = scratch<float>(at.part) + thread * at.chunk * kMoeSums,
+          *copy = scratch<float>(at.copy) + thread * kMoeCopiedRows * kTileColumns;
+    std::memset(total, 0, 4 * at.chunk * kTernaryRows);
+    const Panel* row[kTernaryRows];
+    for (i64 r = 0; r < kTernaryRows; ++r) row[r] = panel + r * kTileColumns;
+    for (i64 s = 0; s < at.strips; ++s) {
+      const Strip strip = strip_at(w.C, s);
+      const i64 rows = fill_panel(e, first, s, strip, panel, own);
+      const i64 width = kPairs<T> && w.C - strip.column < strip.pitch ? w.C - strip.column : strip.pitch;
+      const float* tokens =
+          reinterpret_cast<const float*>(packed) + (kPairs<T> ? strip.column / 2 : s * kTileColumns) * kTernaryBlock;
+      for (i64 r = 0; r < rows; r += kMoeDownRows) {
+        const i64 n = rows - r < kMoeDownRows ? rows - r : kMoeDownRows;
+        product_many(row + r, n, tokens, at.block_bytes / 4, count, width, none, part, copy);
+        for (i64 c = 0; c < count; ++c)
+          for (i64 i = 0; i < n; i += f32v::width) {
+            float* to = total + c * kTernaryRows + r + i;
+            store(to, load(to) + load(part + c * kMoeSums + i));
+          }
+      }
+    }
+    write(e, first, count, pairs, [&](i64 c, i64 r) { return total[c * kTernaryRows + r]; });
+  }
+
+  template <class Sum>
+  void write(i64 e, i64 first, i64 count, const i32* pairs, Sum&& sum) const {
+    const i64 row = first * kTileRows, rows = w.R - row < kTernaryRows ? w.R - row : kTernaryRows;
+    float scales[kTernaryRows];
+    for (i64 r = 0; r < rows; ++r) scales[r] = scale(e, row + r);
+    for (i64 c = 0; c < count; ++c) {
+      const float unit = a.int8 ? scratch<float>(at.unit)[pairs[c] / a.K] : 1;
+      T* to = out(pairs[c], row);
+      for (i64 r = 0; r < rows; ++r) from_f32(sum(c, r) * (unit * scales[r]), to[r]);
+    }
+  }
+
+  void multiply_many(i64 e, i64 first, int thread, PanelScratch& own) const {
+    char* packed = scratch<char>(at.packed) + thread * at.chunk / kTernaryBlock * at.block_bytes;
+    lists().each_run(e, kTernaryChunk, [&](i64 count, const i32* pairs) {
+      pack(count, pairs, packed);
+      if (a.int8) {
+        multiply_int8(e, first, count, pairs, packed, thread, own);
+      } else {
+        multiply_exact(e, first, count, pairs, packed, thread, own);
+      }
+    });
+  }
+
+  void run() const {
+    lists().sort("ternary_matmul", a.T, a.K, a.ids, a.ids_stride_t, a.ids_stride_k);
+    parallel_for(a.T, 1, a.threads, [&](i64 begin, i64 end, int) { prepare(begin, end); });
+    constexpr i64 kPer = kTernaryRows / kTileRows;
+    const i64 tasks = (blocks + kPer - 1) / kPer;
+    parallel_for(w.E * blocks, 1, a.threads, [&](i64 begin, i64 end, int) {
+      FewScratch own;
+      for (i64 task = begin; task < end; ++task) {
+        const i64 e = task / blocks, count = lists().tokens_of(e);
+        if (count && count <= kTernaryFew) multiply_few(e, task % blocks, count, lists().order + lists().start[e], own);
+      }
+    });
+    parallel_for(w.E * tasks, 1, a.threads, [&](i64 begin, i64 end, int thread) {
+      PanelScratch own;
+      for (i64 task = begin; task < end; ++task)
+        if (lists().tokens_of(task / tasks) > kTernaryFew) multiply_many(task / tasks, task % tasks * kPer, thread, own);
+    });
+  }
+};
+
+}  // namespace
+
+void ternary_matmul_cpu(const TernaryMatmulArgs& a) {
+  const TernaryMatmulLayout at(a);
+  EFFVLM_CHECK(at.bytes <= a.workspace_bytes, "ternary_matmul: workspace of %lld bytes is too small",
+               static_cast<long long>(a.workspace_bytes));
+  by_float_dtype("ternary_matmul", a.dtype, [&](auto type) { Ternary<typename decltype(type)::type>{a, at}.run(); });
+}
+
+}  // namespace effvlm::EFFVLM_ISA

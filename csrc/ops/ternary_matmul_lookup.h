@@ -1,0 +1,202 @@
+// Part of ternary_matmul_cpu.cpp: few tokens. Each entry of a tile's list looks up the activation that it adds.
+#pragma once
+#include "core/cpu/dot4.h"
+#include "core/cpu/gap_planes_read.h"
+#include "ops/ternary_matmul.h"
+
+namespace effvlm::EFFVLM_ISA {
+namespace {
+
+#if defined(__AVX512VBMI2__)
+constexpr int kSumLanes = 16;
+constexpr int kPlanar = 4;  // byte planes of x per strip, 256 bytes each: exact look-ups find the bytes of a float one by one
+#else
+constexpr int kSumLanes = f32v::width;
+#endif
+
+// The sums of 64 rows for one token, in lanes that are added up at the end: f32, or i32.
+struct RowSums {
+  alignas(64) float exact[kTileRows][kSumLanes];
+  alignas(64) std::int32_t whole[kTileRows][kSumLanes];
+
+  void clear() { std::memset(this, 0, sizeof *this); }
+  float exact_of(int row) const { return reduce_add(load(exact[row])); }
+  float whole_of(int row) const {
+    std::int32_t sum = 0;
+    for (const std::int32_t lane : whole[row]) sum += lane;
+    return static_cast<float>(sum);
+  }
+};
+
+#if defined(__AVX512VBMI2__)
+
+// What is added per entry, before it is summed by rows.
+struct LookedUp {
+  alignas(64) std::int8_t whole[kTileRows * kTileColumns + 192];
+  alignas(64) float exact[kTileRows * kTileColumns + 192];
+};
+
+// Signs and third plane of 64 entries: as they stand in a list's planes, or from values (dense tiles have no such planes).
+struct PlaneMarks {
+  TilePlanes planes;
+  int k;
+  __mmask64 negative(int i) const { return planes(i, k); }
+  __mmask64 third(int i) const { return planes.planes > k + 1 ? planes(i, k + 1) : 0; }
+};
+struct ValueMarks {
+  const std::int8_t* value;
+  __mmask64 negative(int i) const { return _mm512_movepi8_mask(load_512(value + i)); }
+  __mmask64 third(int i) const {  // only five-level tiles have large values
+    return _mm512_cmpgt_epu8_mask(_mm512_abs_epi8(load_512(value + i)), _mm512_set1_epi8(1));
+  }
+};
+
+// x of 64 columns, from 256 bytes in four registers.
+struct Bytes256 {
+  __m512i a, b, c, d;
+  explicit Bytes256(const void* x) {
+    const char* from = static_cast<const char*>(x);
+    a = load_512(from), b = load_512(from + 64), c = load_512(from + 128), d = load_512(from + 192);
+  }
+  __m512i at(__m512i column) const {
+    const __m512i low = _mm512_permutex2var_epi8(a, column, b), high = _mm512_permutex2var_epi8(c, column, d);
+    return _mm512_mask_mov_epi8(low, _mm512_movepi8_mask(column), high);
+  }
+};
+
+// m · Σ q of each row. |q| < 64 with five levels, so that doubled values are bytes as well.
+template <bool Third, class Marks>
+void look_up(const TileList& list, const Marks& marks, int levels, const std::int8_t* q, std::uint8_t m, LookedUp& buffer,
+             RowSums& sums) {
+  const Bytes256 x(q);
+  const __m512i zero = _mm512_setzero_si512(), step = _mm512_set1_epi8(static_cast<char>(m));
+  for (int i = 0; i < list.count; i += 64) {
+    __m512i value = x.at(load_512(list.column + i));
+    value = _mm512_mask_sub_epi8(value, marks.negative(i), zero, value);
+    if (Third) {
+      const __mmask64 third = marks.third(i);
+      value = levels == 5 ? _mm512_mask_add_epi8(value, third, value, value) : _mm512_maskz_mov_epi8(~third, value);
+    }
+    _mm512_store_si512(buffer.whole + i, value);
+  }
+  int begin = list.row[0];
+  for (int r = 0; r < kTileRows; ++r) {
+    const int end = list.row[r + 1];
+    const std::uint64_t entries = _bzhi_u64(~std::uint64_t{0}, end - begin);
+    __m512i sum = _mm512_load_si512(sums.whole[r]);
+    sum = _mm512_dpbusd_epi32(sum, step, _mm512_maskz_loadu_epi8(entries, buffer.whole + begin));
+    for (int i = begin + 64; __builtin_expect(i < end, 0); i += 64)
+      sum = _mm512_dpbusd_epi32(sum, step, _mm512_maskz_loadu_epi8(_bzhi_u64(~std::uint64_t{0}, end - i), buffer.whole + i));
+    _mm512_store_si512(sums.whole[r], sum);
+    begin = end;
+  }
+}
+
+// Bytes are unpacked within each 128 bits: entries in this order leave the unpacking in their own.
+struct PlanarOrder {
+  alignas(64) std::uint8_t entry[64];
+};
+constexpr PlanarOrder planar_order() {
+  PlanarOrder t{};
+  for (int j = 0; j < 4; ++j)
+    for (int e = 0; e < 16; ++e) t.entry[e / 4 * 16 + 4 * j + e % 4] = static_cast<std::uint8_t>(16 * j + e);
+  return t;
+}
+static constexpr PlanarOrder kPlanarOrder = planar_order();
+
+// Σ x of each row, x in kPlanar planes of bytes, lowest first. Short: the lower two are zeros (bf16).
+template <bool Short, bool Third, class Marks>
+void look_up(const TileList& list, const Marks& marks, int levels, const std::uint8_t* planar, LookedUp& buffer, RowSums& sums) {
+  const Bytes256 p0(planar), p1(planar + 256), p2(planar + 512), p3(planar + 768);
+  const __m512i zero = _mm512_setzero_si512(), order = load_512(kPlanarOrder.entry);
+  for (int i = 0; i < list.count; i += 64) {
+    const __m512i column = _mm512_permutexvar_epi8(order, load_512(list.column + i));
+    const __m512i sign = _mm512_permutexvar_epi8(order, _mm512_maskz_set1_epi8(marks.negative(i), static_cast<char>(0x80)));
+    const __m512i b2 = p2.at(column), b3 = _mm512_xor_si512(p3.at(column), sign);
+    const __m512i high = _mm512_unpacklo_epi8(b2, b3), higher = _mm512_unpackhi_epi8(b2, b3);
+    __m512i low = zero, lower = zero;
+    if (!Short) {
+      const __m512i b0 = p0.at(column), b1 = p1.at(column);
+      low = _mm512_unpacklo_epi8(b0, b1), lower = _mm512_unpackhi_epi8(b0, b1);
+    }
+    __m512 value[4] = {
+        _mm512_castsi512_ps(_mm512_unpacklo_epi16(low, high)), _mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high)),
+        _mm512_castsi512_ps(_mm512_unpacklo_epi16(lower, higher)), _mm512_castsi512_ps(_mm512_unpackhi_epi16(lower, higher))};
+    const std::uint64_t third = Third ? marks.third(i) : 0;
+    for (int j = 0; j < 4; ++j) {
+      const __mmask16 some = static_cast<__mmask16>(third >> 16 * j);
+      if (Third)
+        value[j] = levels == 5 ? _mm512_mask_add_ps(value[j], some, value[j], value[j]) : _mm512_maskz_mov_ps(~some, value[j]);
+      _mm512_store_ps(buffer.exact + i + 16 * j, value[j]);
+    }
+  }
+  int begin = list.row[0];
+  for (int r = 0; r < kTileRows; ++r) {
+    const int end = list.row[r + 1];
+    const std::uint32_t entries = _bzhi_u32(~std::uint32_t{0}, end - begin);
+    __m512 sum = _mm512_load_ps(sums.exact[r]);
+    sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(static_cast<__mmask16>(entries), buffer.exact + begin));
+    sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(static_cast<__mmask16>(entries >> 16), buffer.exact + begin + 16));
+    for (int i = begin + 32; __builtin_expect(i < end, 0); i += 16)
+      sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(static_cast<__mmask16>(_bzhi_u32(0xffff, end - i)), buffer.exact + i));
+    _mm512_store_ps(sums.exact[r], sum);
+    begin = end;
+  }
+}
+
+// f32 of a strip as planes of bytes.
+inline void to_planar(const float* x, std::uint8_t* to) {
+  for (int p = 0; p < kPlanar; ++p)
+    for (int c = 0; c < kTileColumns; c += 16) {
+      const __m512i bits = _mm512_srl_epi32(_mm512_castps_si512(_mm512_loadu_ps(x + c)), _mm_cvtsi32_si128(8 * p));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + p * kTileColumns + c), _mm512_cvtepi32_epi8(bits));
+    }
+}
+
+#else
+
+// Σ value·x[column] over n entries, added to the lanes of `sum`.
+inline f32v gather_dot(f32v sum, const std::uint8_t* column, const std::int8_t* value, int n, const float* x) {
+#if defined(__AVX512F__)
+  for (int i = 0; i < n; i += 16) {
+    const __mmask16 some = n - i < 16 ? static_cast<__mmask16>((1u << (n - i)) - 1) : static_cast<__mmask16>(0xffff);
+    const __m512i at = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(column + i)));
+    const __m512i factor = _mm512_maskz_cvtepi8_epi32(some, _mm_loadu_si128(reinterpret_cast<const __m128i*>(value + i)));
+    sum.v = _mm512_mask3_fmadd_ps(_mm512_i32gather_ps(at, x, 4), _mm512_cvtepi32_ps(factor), sum.v, some);
+  }
+#elif defined(__AVX2__)
+  for (int i = 0; i < n; i += 8) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), some = _mm256_cmpgt_epi32(_mm256_set1_epi32(n - i), lane);
+    const __m256i at = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(column + i)));
+    const __m256i factor = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(value + i)));
+    const __m256 taken = _mm256_and_ps(_mm256_i32gather_ps(x, at, 4), _mm256_castsi256_ps(some));
+    sum.v = _mm256_fmadd_ps(taken, _mm256_cvtepi32_ps(_mm256_and_si256(factor, some)), sum.v);
+  }
+#else
+  float lanes[f32v::width];
+  store(lanes, sum);
+  for (int i = 0; i < n; ++i) lanes[i % f32v::width] += value[i] * x[column[i]];
+  sum = load(lanes);
+#endif
+  return sum;
+}
+
+inline void look_up(const TileList& list, const float* x, RowSums& sums) {
+  for (int r = 0; r < kTileRows; ++r) {
+    const int i = list.row[r];
+    store(sums.exact[r], gather_dot(load(sums.exact[r]), list.column + i, list.value + i, list.row[r + 1] - i, x));
+  }
+}
+
+inline void look_up(const TileList& list, const std::int8_t* q, std::int32_t m, RowSums& sums) {
+  for (int r = 0; r < kTileRows; ++r) {
+    std::int32_t sum = 0;
+    for (int i = list.row[r]; i < list.row[r + 1]; ++i) sum += list.value[i] * q[list.column[i]];
+    sums.whole[r][0] += m * sum;
+  }
+}
+
+#endif
+
+}  // namespace
+}  // namespace effvlm::EFFVLM_ISA
