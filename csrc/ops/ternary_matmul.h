@@ -14,8 +14,8 @@
 //            for any thread count; no atomics
 // Parallel   CPU: (expert, 64 or 192 rows) over threads.  CUDA: block ↔ (expert, 64 rows), a warp per half tile
 // Cost       reads the packed bytes of each needed expert once, 0.3–1.6 bits a weight; 2·T·K·R·C flops, of which few tokens do
-//            only those of non-zeros; extra memory 5.3 (int8) or 8 bytes per element of x, and at most 0.7 MB + 4 KB per 256
-//            columns of x per thread
+//            only those of non-zeros; extra memory 5.3 (int8) or 8 bytes per element of x, for many tokens as much again per
+//            choice, and at most 0.7 MB per thread
 // Why so     gaps of 64 non-zeros become columns in some 50 instructions (a prefix sum of bytes modulo 256), and a look-up in 256
 //            activations that sit in registers gives what to add; many tokens: a tile is scattered once over zeros, in the
 //            cache, and multiplied as a dense one
@@ -54,11 +54,12 @@ constexpr std::int64_t kTernaryBlock = 16;         // tokens of a packed block, 
 constexpr std::int64_t kTernaryMaxInt8 = 1 << 16;  // columns
 
 // CPU workspace, offsets in bytes. x in strips of 256, the columns of a narrow one repeated to fill them: f32, or q as i8 with m
-// (u8) and the sum of q (i32) per strip and S (f32) per token. Per thread: packed tokens, a panel of weights, sums.
+// (u8) and the sum of q (i32) per strip and S (f32) per token. Tokens packed in
+// blocks, expert by expert. Per thread: a panel of weights, sums.
 struct TernaryMatmulLayout : Workspace {
   std::int64_t strips, width;  // of x, in elements
   std::int64_t chunk, block_bytes;
-  std::int64_t start, order, x, planar, q, step, strip_sum, unit, packed, panel, sums, part, copy;
+  std::int64_t start, order, x, planar, q, step, strip_sum, unit, first_block, packed, panel, sums, part, copy;
 
   explicit TernaryMatmulLayout(const TernaryMatmulArgs& a) {
     const std::int64_t choices = a.T * a.K, size = a.dtype == Dtype::f32 ? 4 : 2;
@@ -70,7 +71,9 @@ struct TernaryMatmulLayout : Workspace {
     x = take(4 * a.T * width), planar = take(a.int8 ? 0 : 4 * a.T * width);
     q = take(a.int8 ? a.T * width : a.x_stride_c != 1 ? a.T * a.weight.C * size : 0), step = take(a.int8 ? a.T * strips : 0);
     strip_sum = take(a.int8 ? 4 * a.T * strips : 0), unit = take(a.int8 ? 4 * a.T : 0);
-    packed = take(a.threads * chunk / kTernaryBlock * block_bytes);
+    const std::int64_t crowded = choices / (kTernaryFew + 1), E = a.weight.E;
+    first_block = take(4 * (E + 1));
+    packed = take((choices / kTernaryBlock + (crowded < E ? crowded : E)) * block_bytes);
     panel = take(a.threads * kTernaryRows * kTileColumns * (a.int8 ? 1 : 4));
     sums = take(4 * a.threads * chunk * kTernaryRows);
     part = take(4 * a.threads * chunk * kMoeSums);

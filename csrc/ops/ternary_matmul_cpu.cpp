@@ -134,25 +134,40 @@ struct Ternary {
 
   // ---- many tokens ----
 
-  // Blocks of 16 tokens, a lane each.
-  void pack(i64 count, const i32* pairs, char* to) const {
-    for (i64 c = 0; c < count; c += kTernaryBlock, to += at.block_bytes) {
-      const i64 some = count - c < kTernaryBlock ? count - c : kTernaryBlock;
-      if constexpr (kPairs<T>) {
-        const T* rows[kTernaryBlock];
-        for (i64 l = 0; l < some && !a.int8; ++l) rows[l] = contiguous(pairs[c + l] / a.K);
-        if (!a.int8) {
-          pack_block(rows, some, w.C, reinterpret_cast<float*>(to));
-          continue;
-        }
-      }
-      const float* rows[kTernaryBlock] = {};
-      for (i64 l = 0; l < some; ++l) {
-        const i64 t = pairs[c + l] / a.K;
-        rows[l] = a.int8 ? reinterpret_cast<const float*>(q(t)) : spread(t);
-      }
-      pack_words(rows, a.int8 ? at.width / 4 : at.width, reinterpret_cast<float*>(to));
+  bool is_crowded(i64 e) const { return lists().tokens_of(e) > kTernaryFew; }
+  i32* first_block() const { return scratch<i32>(at.first_block); }
+  const char* packed(i64 e, i64 c) const {
+    return scratch<char>(at.packed) + (first_block()[e] + c / kTernaryBlock) * at.block_bytes;
+  }
+
+  void count_blocks() const {
+    first_block()[0] = 0;
+    for (i64 e = 0; e < w.E; ++e) {
+      const i64 count = is_crowded(e) ? (lists().tokens_of(e) + kTernaryBlock - 1) / kTernaryBlock : 0;
+      first_block()[e + 1] = first_block()[e] + static_cast<i32>(count);
     }
+  }
+
+  // Block `number`, counted over all experts: 16 tokens, a lane each.
+  void pack(i64 number) const {
+    i64 e = 0;
+    while (first_block()[e + 1] <= number) ++e;
+    const i64 c = (number - first_block()[e]) * kTernaryBlock, left = lists().tokens_of(e) - c;
+    const i64 some = left < kTernaryBlock ? left : kTernaryBlock;
+    const i32* pairs = lists().order + lists().start[e] + c;
+    float* to = scratch<float>(at.packed + number * at.block_bytes);
+    if constexpr (kPairs<T>)
+      if (!a.int8) {
+        const T* rows[kTernaryBlock];
+        for (i64 l = 0; l < some; ++l) rows[l] = contiguous(pairs[l] / a.K);
+        return pack_block(rows, some, w.C, to);
+      }
+    const float* rows[kTernaryBlock] = {};
+    for (i64 l = 0; l < some; ++l) {
+      const i64 t = pairs[l] / a.K;
+      rows[l] = a.int8 ? reinterpret_cast<const float*>(q(t)) : spread(t);
+    }
+    pack_words(rows, a.int8 ? at.width / 4 : at.width, to);
   }
 
   // The panel of up to three tiles of strip s; returns how many rows it has.
@@ -224,33 +239,37 @@ struct Ternary {
   }
 
   void multiply_many(i64 e, i64 first, int thread, PanelScratch& own) const {
-    char* packed = scratch<char>(at.packed) + thread * at.chunk / kTernaryBlock * at.block_bytes;
+    i64 c = 0;
     lists().each_run(e, kTernaryChunk, [&](i64 count, const i32* pairs) {
-      pack(count, pairs, packed);
       if (a.int8) {
-        multiply_int8(e, first, count, pairs, packed, thread, own);
+        multiply_int8(e, first, count, pairs, packed(e, c), thread, own);
       } else {
-        multiply_exact(e, first, count, pairs, packed, thread, own);
+        multiply_exact(e, first, count, pairs, packed(e, c), thread, own);
       }
+      c += count;
     });
   }
 
   void run() const {
     lists().sort("ternary_matmul", a.T, a.K, a.ids, a.ids_stride_t, a.ids_stride_k);
+    count_blocks();
     parallel_for(a.T, 1, a.threads, [&](i64 begin, i64 end, int) { prepare(begin, end); });
+    parallel_for(first_block()[w.E], 1, a.threads, [&](i64 begin, i64 end, int) {
+      for (i64 number = begin; number < end; ++number) pack(number);
+    });
     constexpr i64 kPer = kTernaryRows / kTileRows;
     const i64 tasks = (blocks + kPer - 1) / kPer;
     parallel_for(w.E * blocks, 1, a.threads, [&](i64 begin, i64 end, int) {
       FewScratch own;
       for (i64 task = begin; task < end; ++task) {
         const i64 e = task / blocks, count = lists().tokens_of(e);
-        if (count && count <= kTernaryFew) multiply_few(e, task % blocks, count, lists().order + lists().start[e], own);
+        if (count && !is_crowded(e)) multiply_few(e, task % blocks, count, lists().order + lists().start[e], own);
       }
     });
     parallel_for(w.E * tasks, 1, a.threads, [&](i64 begin, i64 end, int thread) {
       PanelScratch own;
       for (i64 task = begin; task < end; ++task)
-        if (lists().tokens_of(task / tasks) > kTernaryFew) multiply_many(task / tasks, task % tasks * kPer, thread, own);
+        if (is_crowded(task / tasks)) multiply_many(task / tasks, task % tasks * kPer, thread, own);
     });
   }
 };

@@ -19,15 +19,34 @@ struct PanelScratch {
   alignas(64) std::uint32_t value[kTileRows * kTileColumns + 192];
 };
 
-// What a panel holds instead of −2 … 2.
-inline void convert_values(const TileList& list, int levels, std::uint8_t* to) {
-  for (int i = 0; i < list.count; ++i) to[i] = static_cast<std::uint8_t>(list.value[i] + levels / 2);
+// What a panel holds instead of −2 … 2. (Local pointers that do not alias, or bytes could be anything and nothing is vectorized.)
+inline void convert_values(const std::int8_t* __restrict from, int n, int levels, std::uint8_t* __restrict to) {
+  for (int i = 0; i < n; ++i) to[i] = static_cast<std::uint8_t>(from[i] + levels / 2);
 }
-inline void convert_values(const TileList& list, int, float* to) {
-  for (int i = 0; i < list.count; ++i) to[i] = list.value[i];
+inline void convert_values(const std::int8_t* __restrict from, int n, int, float* __restrict to) {
+  for (int i = 0; i < n; ++i) to[i] = from[i];
 }
-inline void convert_values(const TileList& list, int, bf16* to) {  // whole numbers this small lose nothing
-  for (int i = 0; i < list.count; ++i) to[i].bits = static_cast<std::uint16_t>(f32_to_bits(list.value[i]) >> 16);
+inline void convert_values(const std::int8_t* __restrict from, int n, int, bf16* __restrict to) {
+  for (int i = 0; i < n; ++i) to[i].bits = static_cast<std::uint16_t>(f32_to_bits(from[i]) >> 16);  // small whole numbers: exact
+}
+
+// Places in a panel, from rows and columns.
+inline void places(const std::uint8_t* __restrict row, const std::uint8_t* __restrict column, int n, int pitch,
+                   std::uint16_t* __restrict to) {
+  for (int i = 0; i < n; ++i) to[i] = static_cast<std::uint16_t>(row[i] * kTileColumns + (column[i] & (pitch - 1)));
+}
+
+// One entry a cycle, whatever the lengths of rows.
+template <class P>
+void scatter(const std::uint16_t* __restrict place, const P* __restrict value, int n, P* __restrict panel) {
+  int i = 0;
+  for (; i + 4 <= n; i += 4) {
+    std::uint64_t four;
+    std::memcpy(&four, place + i, sizeof four);
+    panel[four & 0xffff] = value[i], panel[four >> 16 & 0xffff] = value[i + 1];
+    panel[four >> 32 & 0xffff] = value[i + 2], panel[four >> 48] = value[i + 3];
+  }
+  for (; i < n; ++i) panel[place[i]] = value[i];
 }
 
 // panel[r·256 + c] = row r, column c < pitch of a tile, every value as P. Weights as bytes are shifted up by `levels / 2`, since
@@ -35,22 +54,15 @@ inline void convert_values(const TileList& list, int, bf16* to) {  // whole numb
 template <class P>
 void to_panel(PanelScratch& own, int pitch, int levels, P* panel) {
   const TileList& list = own.list;
+  const int n = list.count;
   P nothing{}, *value = reinterpret_cast<P*>(own.value);
   if constexpr (std::is_same_v<P, std::uint8_t>) nothing = static_cast<P>(levels / 2);
   for (int r = 0; r < kTileRows; ++r)  // whole vectors: the next row overwrites what is too much
-    for (int i = list.row[r]; i < list.row[r + 1]; i += 32) std::memset(own.row + i, r, 32);
-  for (int r = 0; r < kTileRows; ++r) std::fill_n(panel + r * kTileColumns, pitch, nothing);
-  convert_values(list, levels, value);
-  for (int i = 0; i < list.count; ++i)
-    own.place[i] = static_cast<std::uint16_t>(own.row[i] * kTileColumns + (list.column[i] & (pitch - 1)));
-  int i = 0;
-  for (; i + 4 <= list.count; i += 4) {  // one entry a cycle, whatever the lengths of rows
-    std::uint64_t four;
-    std::memcpy(&four, own.place + i, sizeof four);
-    panel[four & 0xffff] = value[i], panel[four >> 16 & 0xffff] = value[i + 1];
-    panel[four >> 32 & 0xffff] = value[i + 2], panel[four >> 48] = value[i + 3];
-  }
-  for (; i < list.count; ++i) panel[own.place[i]] = value[i];
+    for (int i = list.row[r], end = list.row[r + 1]; i < end; i += 32) std::memset(own.row + i, r, 32);
+  std::fill_n(panel, kTileRows * kTileColumns, nothing);
+  convert_values(list.value, n, levels, value);
+  places(own.row, list.column, n, pitch, own.place);
+  scatter(own.place, value, n, panel);
 }
 
 #if defined(__AVX512F__)
