@@ -193,8 +193,7 @@ struct Ternary {
         m[c] = steps(t)[s], shift[c] = w.levels / 2 * strip_sums(t)[s];
       }
       const auto* tokens = reinterpret_cast<const std::int8_t*>(packed) + s * kTileColumns * kTernaryBlock;
-      multiply_panels(panel, (rows + kPanelRows - 1) / kPanelRows * kPanelRows, strip.pitch, tokens, at.block_bytes, count, m,
-                      shift, total, at.chunk);
+      multiply_panels(panel, rows, strip.pitch, tokens, at.block_bytes, count, m, shift, total, at.chunk);
     }
     write(e, first, count, pairs, [&](i64 c, i64 r) { return static_cast<float>(total[r * at.chunk + c]); });
   }
