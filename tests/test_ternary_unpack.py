@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels import at
 from specs.ternary_unpack import trits
 
 from effvlm import _core
@@ -38,6 +39,17 @@ def test_round_trip(shape: tuple[int, int, int], zeros: float, levels: int, seed
     read.validate()
     assert torch.equal(ternary_unpack(read), t)
     assert read.shape == t.shape
+
+
+@pytest.mark.parametrize("level", _core.cpu_isas())
+def test_one_vector_may_start_over_32_rows(level: str) -> None:
+    t = torch.zeros(64, 256, dtype=torch.int8)
+    t[torch.arange(64), torch.arange(64).flip(0)] = 1
+    w = ternary_pack(t, torch.ones(64))
+    with at(level):
+        assert torch.equal(ternary_unpack(w), t)
+        for kind in ("int8", "exact"):
+            assert torch.equal(ternary_matmul(torch.ones(1, 256), w, kind), torch.ones(1, 64))
 
 
 @pytest.mark.parametrize(("columns", "bound"), [(6144, 1.045), (2048, 1.06), (768, 1.10)])

@@ -110,7 +110,7 @@ struct ColumnReader {
                   first = _mm512_set1_epi16(static_cast<short>(i));
     const int count = __builtin_popcountll(starts);
     _mm512_storeu_si512(list.row + rows, _mm512_add_epi16(first, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(at))));
-    if (Narrow && count > 32)
+    if (count > 32)  // sparse tiles
       _mm512_storeu_si512(list.row + rows + 32, _mm512_add_epi16(first, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(at, 1))));
     rows += count;
   }
