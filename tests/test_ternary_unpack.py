@@ -112,9 +112,9 @@ def test_bad_input(change: object, text: str) -> None:
 def test_a_flipped_bit_anywhere_is_found(name: str) -> None:
     """By a checksum; all of a part's bytes are covered but the zeros behind the data, which are checked themselves."""
     w = ternary_pack(_random((2, 70, 300), 0.9), torch.ones(2, 70))
-    for at in np.random.default_rng(0).integers(0, w.tensors()[name].view(torch.uint8).numel(), 20):
+    for place in np.random.default_rng(0).integers(0, w.tensors()[name].view(torch.uint8).numel(), 20):
         damaged = {k: t.clone() for k, t in w.tensors().items()}
-        damaged[name].view(torch.uint8).flatten()[int(at)] ^= 1 << int(at) % 8
+        damaged[name].view(torch.uint8).flatten()[int(place)] ^= 1 << int(place) % 8
         with pytest.raises(ValueError, match=r"corrupt|version"):
             TernaryWeight.from_tensors(damaged).validate()
 
