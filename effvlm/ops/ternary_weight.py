@@ -70,7 +70,7 @@ class TernaryWeight:
     base: torch.Tensor
     scales: torch.Tensor
     checksums: torch.Tensor
-    _unchecked: set[int] = field(default_factory=set, repr=False)
+    _unchecked: set[int] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
         dims, *sizes = self.header[3:7].tolist()
@@ -95,7 +95,8 @@ class TernaryWeight:
             raise ValueError(f"ternary: expected gap planes of version {VERSION}, got {words[1]}; a newer effvlm reads them")
         if words[-1] != _crc(header[:-1]):
             raise _corrupt("the header's checksum is wrong")
-        made = cls(*(tensors[name] for name in PARTS), _unchecked=set(range(words[4])))
+        made = cls(*(tensors[name] for name in PARTS))
+        made._unchecked = set(range(words[4]))
         made._check_shapes()
         return made
 
@@ -133,7 +134,9 @@ class TernaryWeight:
         if torch.device(device).type != "cpu":
             self.validate()
         moved = {n: getattr(self, n).to(device) for n in ("data", "tiles", "base", "scales")}
-        return TernaryWeight(**(self.tensors() | moved), _unchecked=set(self._unchecked))
+        other = TernaryWeight(**(self.tensors() | moved))
+        other._unchecked = set(self._unchecked)
+        return other
 
     def _matrix(self, e: int) -> tuple[torch.Tensor, ...]:
         B, _, G = _numbers(self.shape)
@@ -167,8 +170,8 @@ def _checked_input(trits: torch.Tensor, scales: torch.Tensor, levels: int) -> No
     if levels not in (3, 5):
         raise ValueError(f"ternary_pack: expected levels 3 or 5, got {levels}")
     if not isinstance(scales, torch.Tensor) or scales.shape != trits.shape[:-1]:
-        what = tuple(scales.shape) if isinstance(scales, torch.Tensor) else type(scales).__name__
-        raise ValueError(f"ternary_pack: expected a scale per row, of shape {tuple(trits.shape[:-1])}, got {what}")
+        got = tuple(scales.shape) if isinstance(scales, torch.Tensor) else type(scales).__name__
+        raise ValueError(f"ternary_pack: expected a scale per row, of shape {tuple(trits.shape[:-1])}, got {got}")
     if not bool(scales.isfinite().all()):
         raise ValueError("ternary_pack: expected finite scales, got NaN or infinity")
     if trits.device.type != "cpu" or scales.device.type != "cpu":
