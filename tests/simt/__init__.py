@@ -53,6 +53,7 @@ def build(kernels: list[Path], bindings: list[Path], name: str, scalar: Sequence
 
     includes = [HERE, ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
     flags = ["-std=c++17", "-fPIC", "-g", "-w", "-pthread", "-DEFFVLM_SIMT", "-DEFFVLM_WITH_CUDA=1", "-DEFFVLM_ONLY_LEVEL=scalar"]
+    flags += ["-D__host__=", "-D__device__="]  # core/gap_planes.h is for both sides, and host files do not include simt.h
     flags += ['-DEFFVLM_CUDA_VERSION="emulated"', '-DEFFVLM_CUDA_ARCHS="emulated"', *(f"-I{i}" for i in includes)]
     flags += os.environ.get("EFFVLM_SIMT_FLAGS", "-O1").split()
     everything = sorted({*HERE.glob("*.[hc]*"), *(ROOT / "csrc").rglob("*.*"), *kernels, *bindings})

@@ -70,6 +70,7 @@ void copy_commit();
 void copy_wait(int pending);
 
 int lane();
+std::uint32_t permute_bytes(std::uint32_t a, std::uint32_t b, std::uint32_t selector);
 float half_to_float(std::uint16_t bits);
 std::uint16_t float_to_half(float x);
 std::uint16_t float_to_bfloat16(float x);

@@ -1,4 +1,4 @@
-// Warp operations: shuffles, tensor cores, asynchronous copies; and roundings.
+// Warp operations: shuffles, tensor cores, asynchronous copies; bytes of words; and roundings.
 #include "simt_block.h"
 
 namespace simt {
@@ -93,6 +93,17 @@ void copy_wait(int pending) {
     access(reinterpret_cast<void*>(later->to), 16, true);
   }
   fiber.copies.erase(fiber.copies.begin(), later);
+}
+
+// As PTX's prmt.b32 in its default mode.
+std::uint32_t permute_bytes(std::uint32_t a, std::uint32_t b, std::uint32_t selector) {
+  const std::uint64_t both = std::uint64_t{b} << 32 | a;
+  std::uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const std::uint32_t nibble = selector >> 4 * i & 15, byte = static_cast<std::uint32_t>(both >> 8 * (nibble & 7)) & 0xff;
+    result |= (nibble < 8 ? byte : byte >> 7 ? 0xff : 0) << 8 * i;
+  }
+  return result;
 }
 
 float half_to_float(std::uint16_t bits) {

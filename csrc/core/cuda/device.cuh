@@ -81,20 +81,72 @@ template <class T>
 __device__ __forceinline__ T shuffle_up(T x, int lanes) {
   return __shfl_up_sync(kAllLanes, x, lanes);
 }
-__device__ __forceinline__ float warp_sum(float x) {
+template <class T>
+__device__ __forceinline__ T shuffle(T x, int lane) {
+  return __shfl_sync(kAllLanes, x, lane);
+}
+// Bit l: what lane l says.
+__device__ __forceinline__ unsigned ballot(bool vote) { return __ballot_sync(kAllLanes, vote); }
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
   for (int lanes = kWarp / 2; lanes; lanes /= 2) x += shuffle_xor(x, lanes);
   return x;
+}
+// Sum of x over the lanes up to this one, itself included.
+__device__ __forceinline__ int warp_inclusive_sum(int x) {
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+#if defined(EFFVLM_SIMT)
+    const int before = shuffle_up(x, lanes);
+    if (static_cast<int>(threadIdx.x % kWarp) >= lanes) x += before;
+#else  // the shuffle itself says whether there is such a lane: two instructions instead of four
+    asm volatile("{.reg .pred p; .reg .s32 r; shfl.sync.up.b32 r|p, %0, %1, 0, 0xffffffff; @p add.s32 %0, %0, r;}"
+                 : "+r"(x)
+                 : "r"(lanes));
+#endif
+  }
+  return x;
+}
+
+// ---- bits and bytes of a word ----
+__device__ __forceinline__ int popcount(std::uint32_t x) {
+#if defined(EFFVLM_SIMT)
+  return __builtin_popcount(x);
+#else
+  return __popc(x);
+#endif
+}
+// Byte i is the one that nibble i of `selector` names: 0 … 3 of a, 4 … 7 of b, and from 8 on the top bit of these, eight times.
+__device__ __forceinline__ std::uint32_t permute_bytes(std::uint32_t a, std::uint32_t b, std::uint32_t selector) {
+  std::uint32_t result;
+#if defined(EFFVLM_SIMT)
+  result = simt::permute_bytes(a, b, selector);
+#else
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));  // __byte_perm knows no top bits
+#endif
+  return result;
+}
+// The low word of (high:low) >> bits, 0 … 31.
+__device__ __forceinline__ std::uint32_t shift_right(std::uint32_t low, std::uint32_t high, int bits) {
+#if defined(EFFVLM_SIMT)
+  return static_cast<std::uint32_t>((std::uint64_t{high} << 32 | low) >> bits);
+#else
+  return __funnelshift_r(low, high, bits);
+#endif
+}
+// sum + byte i of the word, in one instruction.
+__device__ __forceinline__ int add_byte(std::uint32_t word, int i, int sum) {
+#if defined(EFFVLM_SIMT)
+  return sum + static_cast<int>(word >> 8 * i & 0xff);
+#else
+  return static_cast<int>(__dp4a(word, 1u << 8 * i, static_cast<std::uint32_t>(sum)));
+#endif
 }
 
 // Sum of x over the threads before this one, in order of threadIdx.x, and the sum of all in `total`. For 1-D blocks of whole
 // warps, at most 32 of them; scratch: 32 ints in shared memory, free again on return.
 __device__ __forceinline__ int block_exclusive_sum(int x, int* scratch, int& total) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  int sum = x;
-  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
-    const int before = shuffle_up(sum, lanes);
-    if (lane >= lanes) sum += before;
-  }
+  const int sum = warp_inclusive_sum(x);
   if (lane == kWarp - 1) scratch[warp] = sum;
   __syncthreads();  // every warp's sum is in scratch
   int offset = 0;
