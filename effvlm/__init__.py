@@ -5,7 +5,6 @@ from importlib.metadata import version
 from effvlm import demo, experts, ops, tokens
 from effvlm._library import set_cpu_isa
 from effvlm.hf import disable, enable, reduce
-from effvlm.hf.registration import register
 from effvlm.ops import (
     MoeRoute,
     TernaryWeight,
@@ -22,7 +21,6 @@ from effvlm.ops import (
 )
 
 __version__ = version("effvlm")
-register()  # from_pretrained knows compressed models from here on
 
 __all__ = [
     "MoeRoute",
