@@ -12,10 +12,11 @@
 //            infinity in its own rows; C ≤ 65,536 in int8, so that sums fit
 // Order      int8: exact sums, the same bits at every level and on CUDA. Exact: f32 sums of a fixed order per level; same bits
 //            for any thread count; no atomics
-// Parallel   CPU: (expert, 64 or 192 rows) over threads.  CUDA: block ↔ (expert, 64 rows), a warp per half tile
+// Parallel   CPU: (expert, 64 or 192 rows) over threads.  CUDA: warp ↔ (expert, 32 rows, some strips), then
+//            partial sums in order
 // Cost       reads the packed bytes of each needed expert once, 0.3–1.6 bits a weight; 2·T·K·R·C flops, of which few tokens do
 //            only those of non-zeros; extra memory 5.3 (int8) or 8 bytes per element of x, for many tokens as much again per
-//            choice, and at most 0.7 MB per thread
+//            choice, and at most 0.7 MB per thread; CUDA: partial sums, at most 16 MB or 4·T·K·R bytes
 // Why so     gaps of 64 non-zeros become columns in some 50 instructions (a prefix sum of bytes modulo 256), and a look-up in 256
 //            activations that sit in registers gives what to add; many tokens: a tile is scattered once over zeros, in the
 //            cache, and multiplied as a dense one
