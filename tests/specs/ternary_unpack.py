@@ -65,7 +65,7 @@ SPEC = Spec(
     bytes=lambda c, dtype: 1.08 * c.sizes["E"] * c.sizes["R"] * c.sizes["C"],
     bad=(
         Bad("dtype", lambda a: a.__setitem__(0, a[0].to(torch.int64)), TypeError, "uint32"),
-        Bad("tiles_shape", lambda a: a.__setitem__(1, a[1][:, :1]), ValueError, "(2, 2, 2, 2)"),
+        Bad("tiles_shape", lambda a: a.__setitem__(1, a[1][:, :1].contiguous()), ValueError, "(2, 2, 2, 2)"),
         Bad("base_shape", lambda a: a.__setitem__(2, a[2][1:]), ValueError, "(5,)"),
         Bad("not_contiguous", lambda a: a.__setitem__(1, a[1].mT.contiguous().mT), ValueError, "contiguous tiles"),
         Bad("levels", lambda a: a.__setitem__(5, 4), ValueError, "levels 3 or 5"),
