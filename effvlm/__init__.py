@@ -2,9 +2,11 @@
 
 from importlib.metadata import version
 
-from effvlm import demo, experts, ops, tokens
+from effvlm import demo, experts, ops, quant, tokens
 from effvlm._library import set_cpu_isa
+from effvlm.compression import compress
 from effvlm.hf import disable, enable, reduce
+from effvlm.hf.registration import register
 from effvlm.ops import (
     MoeRoute,
     TernaryWeight,
@@ -19,15 +21,19 @@ from effvlm.ops import (
     token_match,
     token_merge,
 )
+from effvlm.quant import TernaryRecipe
 
 __version__ = version("effvlm")
+register()  # from_pretrained knows compressed models from here on
 
 __all__ = [
     "MoeRoute",
+    "TernaryRecipe",
     "TernaryWeight",
     "TokenMatch",
     "TokenMerge",
     "__version__",
+    "compress",
     "demo",
     "disable",
     "enable",
@@ -36,6 +42,7 @@ __all__ = [
     "moe_ffn",
     "moe_route",
     "ops",
+    "quant",
     "reduce",
     "set_cpu_isa",
     "ternary_matmul",

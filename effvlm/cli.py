@@ -1,4 +1,4 @@
-"""The shell: ``effvlm demo | run | info``. People's side of things; what is computed is decided elsewhere."""
+"""The shell: ``effvlm demo | run | compress | info``. People's side of things; what is computed is decided elsewhere."""
 
 from __future__ import annotations
 
@@ -91,6 +91,33 @@ def run(
         notes.print(
             f"[dim]{result['visual_tokens_in']} → {result['visual_tokens_out']} visual tokens, {result['seconds']:.2f} s[/]"
         )
+
+
+@app.command()
+def compress(
+    model: Annotated[Path, typer.Argument(help="Folder of a model with routed experts: config.json and safetensors.")],
+    out: Annotated[Path, typer.Option(help="New folder for the result, or one with unfinished work of the same command.")],
+    bits: Annotated[float | None, typer.Option(help="Bits per weight of the experts, 0.4 to 1.6; default 0.8.")] = None,
+    method: Annotated[str | None, typer.Option(help="rtn (default), or gptq, which needs --calibration.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file with a recipe's fields.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Text file whose first 32,768 tokens calibrate.")] = None,
+    max_memory: Annotated[str | None, typer.Option(help="Memory for weights under way, such as 4GB; default 1 GiB.")] = None,
+    activations: Annotated[str | None, typer.Option(help="exact (default), or int8: about twice as fast.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin again instead of going on.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Store a model's routed experts below one bit per weight; run again after an interruption, it goes on."""
+    from effvlm.compression import shell
+
+    given = {"target_bits": bits, "method": method, "activations": activations}
+    fields = {name: value for name, value in given.items() if value is not None}
+    report = shell.run(
+        notes, model=model, out=out, fields=fields, recipe=recipe, calibration=calibration, max_memory=max_memory, restart=restart
+    )
+    if as_json:
+        print(json.dumps(report.to_dict()))
+    else:
+        shell.print_table(Console(), report)
 
 
 @app.command()

@@ -35,7 +35,7 @@ def _numbers(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return -(-shape[-2] // TILE_ROWS), count, -(-count // BASE_STRIPS)
 
 
-def _crc(*parts: torch.Tensor) -> int:
+def crc32(*parts: torch.Tensor) -> int:
     value = 0
     for part in parts:
         value = zlib.crc32(part.contiguous().view(torch.uint8).numpy().data, value)
@@ -93,7 +93,7 @@ class TernaryWeight:
             raise _corrupt("the header is not that of gap planes")
         if words[1] != VERSION:
             raise ValueError(f"ternary: expected gap planes of version {VERSION}, got {words[1]}; a newer effvlm reads them")
-        if words[-1] != _crc(header[:-1]):
+        if words[-1] != crc32(header[:-1]):
             raise _corrupt("the header's checksum is wrong")
         made = cls(*(tensors[name] for name in PARTS))
         made._unchecked = set(range(words[4]))
@@ -157,7 +157,7 @@ class TernaryWeight:
             raise ValueError("ternary: expected weights on the CPU, where they are checked before they are moved")
         E, R, C = self.header[4:7].tolist()
         for e in sorted(wanted):
-            if _crc(*self._matrix(e)) != int(self.checksums[e]):
+            if crc32(*self._matrix(e)) != int(self.checksums[e]):
                 raise _corrupt(f"the checksum of matrix {e} is wrong")
             call_host("gap_planes_validate", self.data, self.tiles, self.base, E, R, C, self.levels, e, e + 1)
             self._unchecked.discard(e)
@@ -202,9 +202,9 @@ def ternary_pack(trits: torch.Tensor, scales: torch.Tensor, *, levels: int = 3) 
     data = torch.empty(words, dtype=torch.uint32)
     call_host("gap_planes_write", stack, levels, data, tiles, base)
     header = torch.tensor([MAGIC, VERSION, levels, trits.dim(), E, R, C, 0], dtype=torch.uint32)
-    header[-1] = _crc(header[:-1])
+    header[-1] = crc32(header[:-1])
     rounded = scales.to(torch.bfloat16).contiguous().view(E, R)
     weight = TernaryWeight(header, data, tiles, base, rounded, torch.empty(E, dtype=torch.uint32))
     for e in range(E):
-        weight.checksums[e] = _crc(*weight._matrix(e))
+        weight.checksums[e] = crc32(*weight._matrix(e))
     return weight
