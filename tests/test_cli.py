@@ -155,14 +155,24 @@ def test_debug_shows_the_traceback(picture: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+def _interruptible() -> None:
+    """A shell that runs the tests in the background has them, and what they start, ignore interrupts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupt_is_130_without_a_traceback(tmp_path: Path) -> None:
     command = [*SCRIPT, "demo", "--n", "4000", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
-    while process.poll() is None and not (tmp_path / "contact_sheet.png").exists():
-        time.sleep(0.2)  # until it is in the middle of its work
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path, preexec_fn=_interruptible
+    ) as process:
+        while process.poll() is None and not (tmp_path / "contact_sheet.png").exists():
+            time.sleep(0.2)  # until it is in the middle of its work
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        try:
+            _, error = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130, error
     assert "Traceback" not in error
     assert "interrupted" in error
