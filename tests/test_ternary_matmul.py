@@ -69,6 +69,26 @@ def test_few_and_many_tokens_give_the_same_int8_sums(tokens: int) -> None:
     assert torch.equal(together, alone)
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("levels", [3, 5])
+@pytest.mark.parametrize("entries", [31, 32, 33, 40, 41, 63, 64, 65, 127, 128, 129, 192, 255, 256])
+def test_a_long_row_among_short_ones(entries: int, levels: int, tokens: int) -> None:
+    """Rows are summed in vectors; a tile with one long row is not stored as a bit map."""
+    t, ids = trits((1, 64, 256), 0.95, 3, torch.Generator().manual_seed(0)), torch.zeros(tokens, dtype=torch.int64)
+    t[0, 5] = 0
+    t[0, 5, torch.randperm(256, generator=torch.Generator().manual_seed(1))[:entries]] = {3: 1, 5: -2}[levels]
+    w, x = ternary_pack(t, torch.ones(1, 64), levels=levels), torch.randn(tokens, 256)
+    assert int(w.tiles.view(torch.int32)[0, 0, 0, 1]) >> 30 & 3 != 2  # gaps, not a bit map
+    with _library.backend("reference"):
+        exact, whole = (ternary_matmul(x, w, kind, ids=ids) for kind in ("exact", "int8"))
+    for level in (*_core.cpu_isas(), "amx_emulated"):
+        if why_not(level):
+            continue
+        with at(level):
+            torch.testing.assert_close(ternary_matmul(x, w, ids=ids), exact, rtol=0, atol=1e-4, msg=level)
+            assert torch.equal(ternary_matmul(x, w, "int8", ids=ids), whole), level
+
+
 def test_one_matrix_and_shapes() -> None:
     t, x = trits((96, 300), 0.9, 3, torch.Generator()), torch.randn(4, 300)
     w = ternary_pack(t, torch.ones(96))

@@ -13,10 +13,6 @@ namespace {
 using i64 = std::int64_t;
 using i32 = std::int32_t;
 
-#if !defined(__AVX512VBMI2__)
-struct LookedUp {};
-#endif
-
 struct FewScratch {
   TileList list;
   LookedUp buffer;
@@ -106,14 +102,15 @@ struct Ternary {
                                       : look_up_all<true>(list, marks, s, count, pairs, buffer, sums);
   }
 #else
-  void multiply_tile(i64 e, i64 block, i64 s, i64 count, const i32* pairs, TileList& list, LookedUp&, RowSums* sums) const {
+  void multiply_tile(i64 e, i64 block, i64 s, i64 count, const i32* pairs, TileList& list, LookedUp& found, RowSums* sums) const {
     read(e, block, s, strip_at(w.C, s), list);
+    find_places(list, found.place);
     for (i64 c = 0; c < count; ++c) {
       const i64 t = pairs[c] / a.K;
       if (a.int8) {
-        look_up(list, q(t) + s * kTileColumns, steps(t)[s], sums[c]);
+        look_up(list, q(t) + s * kTileColumns, steps(t)[s], w.levels, found, sums[c]);
       } else {
-        look_up(list, spread(t) + s * kTileColumns, sums[c]);
+        look_up(list, spread(t) + s * kTileColumns, w.levels, found, sums[c]);
       }
     }
   }

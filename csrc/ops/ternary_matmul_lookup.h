@@ -14,6 +14,11 @@ constexpr int kPlanar = 4;  // byte planes of x per strip, 256 bytes each: exact
 constexpr int kSumLanes = f32v::width;
 #endif
 
+#if defined(__AVX512F__)
+// The lowest n bits, all from 64 on. (bzhi looks at eight bits of n alone, and a row can have 256 entries.)
+inline std::uint64_t first_bits(int n) { return _bzhi_u64(~std::uint64_t{0}, static_cast<unsigned>(n < 64 ? n : 64)); }
+#endif
+
 // The sums of 64 rows for one token, in lanes that are added up at the end: f32, or i32.
 struct RowSums {
   alignas(64) float exact[kTileRows][kSumLanes];
@@ -82,11 +87,11 @@ void look_up(const TileList& list, const Marks& marks, int levels, const std::in
   int begin = list.row[0];
   for (int r = 0; r < kTileRows; ++r) {
     const int end = list.row[r + 1];
-    const std::uint64_t entries = _bzhi_u64(~std::uint64_t{0}, end - begin);
+    const std::uint64_t entries = first_bits(end - begin);
     __m512i sum = _mm512_load_si512(sums.whole[r]);
     sum = _mm512_dpbusd_epi32(sum, step, _mm512_maskz_loadu_epi8(entries, buffer.whole + begin));
     for (int i = begin + 64; __builtin_expect(i < end, 0); i += 64)
-      sum = _mm512_dpbusd_epi32(sum, step, _mm512_maskz_loadu_epi8(_bzhi_u64(~std::uint64_t{0}, end - i), buffer.whole + i));
+      sum = _mm512_dpbusd_epi32(sum, step, _mm512_maskz_loadu_epi8(first_bits(end - i), buffer.whole + i));
     _mm512_store_si512(sums.whole[r], sum);
     begin = end;
   }
@@ -133,12 +138,12 @@ void look_up(const TileList& list, const Marks& marks, int levels, const std::ui
   int begin = list.row[0];
   for (int r = 0; r < kTileRows; ++r) {
     const int end = list.row[r + 1];
-    const std::uint32_t entries = _bzhi_u32(~std::uint32_t{0}, end - begin);
+    const std::uint64_t entries = first_bits(end - begin);
     __m512 sum = _mm512_load_ps(sums.exact[r]);
     sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(static_cast<__mmask16>(entries), buffer.exact + begin));
     sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(static_cast<__mmask16>(entries >> 16), buffer.exact + begin + 16));
     for (int i = begin + 32; __builtin_expect(i < end, 0); i += 16)
-      sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(static_cast<__mmask16>(_bzhi_u32(0xffff, end - i)), buffer.exact + i));
+      sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(static_cast<__mmask16>(first_bits(end - i)), buffer.exact + i));
     _mm512_store_ps(sums.exact[r], sum);
     begin = end;
   }
@@ -155,44 +160,104 @@ inline void to_planar(const float* x, std::uint8_t* to) {
 
 #else
 
-// Σ value·x[column] over n entries, added to the lanes of `sum`.
-inline f32v gather_dot(f32v sum, const std::uint8_t* column, const std::int8_t* value, int n, const float* x) {
+// Entries are found one by one, which is faster than gathering, in a table of all that an entry can add: x of 256 columns, −x,
+// and for entries marked by the third plane 2x and −2x (five levels) or twice nothing. Then rows are summed.
+struct LookedUp {
+  alignas(64) std::uint16_t place[kTileRows * kTileColumns + 192];
+  alignas(64) float exact[kTileRows * kTileColumns + 192], exact_table[4 * kTileColumns];
+  alignas(64) std::int8_t whole[kTileRows * kTileColumns + 192], whole_table[4 * kTileColumns];
+};
+
+inline void find_places(const TileList& list, std::uint16_t* __restrict to) {
+  const std::uint8_t* __restrict column = list.column;
+  const std::int8_t* __restrict value = list.value;
+  const int n = list.count;
+  for (int i = 0; i < n; ++i) {
+    const int negative = value[i] < 0, marked = value[i] != 1 && value[i] != -1;
+    to[i] = static_cast<std::uint16_t>(column[i] | negative << 8 | marked << 9);
+  }
+  for (int i = n; i < n + 3; ++i) to[i] = 0;  // places are looked up four at a time
+}
+
+template <class P>
+void find(const TileList& list, const std::uint16_t* __restrict place, const P* __restrict x, int levels, P* __restrict table,
+          P* __restrict to) {
+  const P twice = levels == 5 ? 2 : 0;
+  for (int c = 0; c < kTileColumns; ++c) {
+    table[c] = x[c], table[c + kTileColumns] = static_cast<P>(-x[c]);
+    table[c + 2 * kTileColumns] = static_cast<P>(twice * x[c]), table[c + 3 * kTileColumns] = static_cast<P>(-twice * x[c]);
+  }
+  for (int i = 0; i < list.count; i += 4) {
+    std::uint64_t four;
+    std::memcpy(&four, place + i, sizeof four);
+    to[i] = table[four & 0xffff], to[i + 1] = table[four >> 16 & 0xffff];
+    to[i + 2] = table[four >> 32 & 0xffff], to[i + 3] = table[four >> 48];
+  }
+}
+
+// Rows of up to so many entries are summed without a branch, which their lengths would often mislead: about all at 85 % zeros.
+constexpr int kExactGroups = 40 / f32v::width, kWholeGroups = 64 / (4 * i32v::width);
+
+// Group g of the first n entries; zeros behind them.
+inline f32v group_of(const float* p, int g, int n) {
+  p += g * f32v::width;
 #if defined(__AVX512F__)
-  for (int i = 0; i < n; i += 16) {
-    const __mmask16 some = n - i < 16 ? static_cast<__mmask16>((1u << (n - i)) - 1) : static_cast<__mmask16>(0xffff);
-    const __m512i at = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(column + i)));
-    const __m512i factor = _mm512_maskz_cvtepi8_epi32(some, _mm_loadu_si128(reinterpret_cast<const __m128i*>(value + i)));
-    sum.v = _mm512_mask3_fmadd_ps(_mm512_i32gather_ps(at, x, 4), _mm512_cvtepi32_ps(factor), sum.v, some);
-  }
+  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>(first_bits(n) >> 16 * g), p)};
 #elif defined(__AVX2__)
-  for (int i = 0; i < n; i += 8) {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), some = _mm256_cmpgt_epi32(_mm256_set1_epi32(n - i), lane);
-    const __m256i at = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(column + i)));
-    const __m256i factor = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(value + i)));
-    const __m256 taken = _mm256_and_ps(_mm256_i32gather_ps(x, at, 4), _mm256_castsi256_ps(some));
-    sum.v = _mm256_fmadd_ps(taken, _mm256_cvtepi32_ps(_mm256_and_si256(factor, some)), sum.v);
-  }
+  const __m256i lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(8 * g));
+  return {_mm256_and_ps(_mm256_loadu_ps(p), _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane)))};
 #else
-  float lanes[f32v::width];
-  store(lanes, sum);
-  for (int i = 0; i < n; ++i) lanes[i % f32v::width] += value[i] * x[column[i]];
-  sum = load(lanes);
+  f32v some = set1(0);
+  for (int l = 0; l < f32v::width && g * f32v::width + l < n; ++l) some.v[l] = p[l];
+  return some;
 #endif
-  return sum;
+}
+inline i32v group_of(const std::int8_t* p, int g, int n) {
+  p += g * 4 * i32v::width;
+#if defined(__AVX512F__)
+  return {_mm512_maskz_loadu_epi8(first_bits(n), p)};
+#elif defined(__AVX2__)
+  alignas(32) static constexpr std::int8_t lanes[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                                        16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+  const __m256i lane = _mm256_add_epi8(load_bytes(lanes).v, _mm256_set1_epi8(static_cast<char>(32 * g)));
+  return {_mm256_and_si256(load_bytes(p).v, _mm256_cmpgt_epi8(_mm256_set1_epi8(static_cast<char>(n < 64 ? n : 64)), lane))};
+#else
+  std::int8_t some[4 * i32v::width] = {};
+  for (int l = 0; l < 4 * i32v::width && g * 4 * i32v::width + l < n; ++l) some[l] = p[l];
+  return load_bytes(some);
+#endif
 }
 
-inline void look_up(const TileList& list, const float* x, RowSums& sums) {
+// Σ x of each row.
+inline void look_up(const TileList& list, const float* x, int levels, LookedUp& found, RowSums& sums) {
+  find(list, found.place, x, levels, found.exact_table, found.exact);
+  int begin = list.row[0];
   for (int r = 0; r < kTileRows; ++r) {
-    const int i = list.row[r];
-    store(sums.exact[r], gather_dot(load(sums.exact[r]), list.column + i, list.value + i, list.row[r + 1] - i, x));
+    const int end = list.row[r + 1];
+    const float* row = found.exact + begin;
+    f32v sum = load(sums.exact[r]);
+    for (int g = 0; g < kExactGroups; ++g) sum = sum + group_of(row, g, end - begin);
+    for (int i = kExactGroups * f32v::width; __builtin_expect(begin + i < end, 0); i += f32v::width)
+      sum = sum + group_of(row + i, 0, end - begin - i);
+    store(sums.exact[r], sum);
+    begin = end;
   }
 }
 
-inline void look_up(const TileList& list, const std::int8_t* q, std::int32_t m, RowSums& sums) {
+// m · Σ q of each row. |q| < 64 with five levels, so that doubled values are bytes as well.
+inline void look_up(const TileList& list, const std::int8_t* q, std::int32_t m, int levels, LookedUp& found, RowSums& sums) {
+  find(list, found.place, q, levels, found.whole_table, found.whole);
+  const i32v ones = set1_i32(0x01010101), step = set1_i32(m);
+  int begin = list.row[0];
   for (int r = 0; r < kTileRows; ++r) {
-    std::int32_t sum = 0;
-    for (int i = list.row[r]; i < list.row[r + 1]; ++i) sum += list.value[i] * q[list.column[i]];
-    sums.whole[r][0] += m * sum;
+    const int end = list.row[r + 1];
+    const std::int8_t* row = found.whole + begin;
+    i32v sum = set1_i32(0);
+    for (int g = 0; g < kWholeGroups; ++g) sum = dot4(sum, ones, group_of(row, g, end - begin));
+    for (int i = 64; __builtin_expect(begin + i < end, 0); i += 4 * i32v::width)
+      sum = dot4(sum, ones, group_of(row + i, 0, end - begin - i));
+    store_i32(sums.whole[r], load_i32(sums.whole[r]) + step * sum);
+    begin = end;
   }
 }
 

@@ -128,24 +128,6 @@ void read_columns(const TilePlanes& planes, int pitch, TileList& list) {
   for (int row = reader.rows; row <= kTileRows; ++row) list.row[row] = static_cast<std::uint16_t>(list.count);
 }
 
-template <bool Narrow>
-void read_columns(int k, const TilePlanes& planes, int pitch, TileList& list) {
-  switch (k) {
-    case 0: return read_columns<0, Narrow>(planes, pitch, list);
-    case 1: return read_columns<1, Narrow>(planes, pitch, list);
-    case 2: return read_columns<2, Narrow>(planes, pitch, list);
-    case 3: return read_columns<3, Narrow>(planes, pitch, list);
-    case 4: return read_columns<4, Narrow>(planes, pitch, list);
-    default: return read_columns<5, Narrow>(planes, pitch, list);
-  }
-}
-
-inline void read_positions(const GapTile& tile, int pitch, const TilePlanes& planes, TileList& list) {
-  if (read_ones(tile, list.column) != list.count) fail_corrupt();
-  pitch == kTileColumns ? read_columns<false>(tile.entry.k, planes, pitch, list)
-                        : read_columns<true>(tile.entry.k, planes, pitch, list);
-}
-
 #elif defined(__AVX2__)
 
 // Places of the ones of a byte, in order.
@@ -165,12 +147,17 @@ static constexpr OnesOfByte kOnes = ones_of_byte();
 inline int read_ones(const GapTile& tile, std::uint8_t* to) {
   const int bytes = tile.unary_bytes();
   int n = 0;
-  for (int at = 0; at < bytes; ++at) {
-    std::uint64_t places;
-    std::memcpy(&places, kOnes.place[tile.start[at]], 8);
-    places += 0x0808080808080808 * static_cast<std::uint64_t>(at & 31) & 0xf8f8f8f8f8f8f8f8;  // 8·at mod 256 in every byte
-    std::memcpy(to + n, &places, 8), n += __builtin_popcount(tile.start[at]);
-  }
+  const auto take = [&](std::uint64_t word, int at, int count) {
+    for (int j = 0; j < count; ++j, word >>= 8) {
+      std::uint64_t places;
+      std::memcpy(&places, kOnes.place[word & 0xff], 8);
+      places += std::uint64_t{0x0808080808080808} * static_cast<std::uint64_t>((at & 31) + j);  // stays within every byte
+      std::memcpy(to + n, &places, 8), n += __builtin_popcount(word & 0xff);
+    }
+  };
+  int at = 0;
+  for (; at + 8 <= bytes; at += 8) take(load_word(tile.start + at), at, 8);
+  take(load_word(tile.start + at, bytes - at), at, bytes - at);
   return n;
 }
 
@@ -190,42 +177,64 @@ inline __m256i sums_of_bytes(__m256i v) {
 }
 
 // As for AVX-512, 32 entries at a time.
-inline void read_columns(int k, const TilePlanes& planes, int pitch, TileList& list) {
-  const __m256i lane = sums_of_bytes(_mm256_set1_epi8(1)), row_bits = _mm256_set1_epi8(static_cast<char>(0x100 - pitch));
-  const __m256i kept = _mm256_set1_epi8(static_cast<char>(0xff << k)), ones = _mm256_set1_epi8(1);
-  __m256i rank = _mm256_sub_epi8(lane, ones), sum = _mm256_setzero_si256(), before = _mm256_set1_epi8(-1);
+template <int K, bool Narrow>
+struct ColumnReader {
+  TileList& list;
+  __m256i row_bits, rank, sum = _mm256_setzero_si256(), before = _mm256_set1_epi8(-1);
   int rows = 0;
-  for (int i = 0; i < list.count; i += 32) {
-    const int left = list.count - i, half = i & 32;
+
+  ColumnReader(TileList& list, int pitch)
+      : list(list),
+        row_bits(_mm256_set1_epi8(static_cast<char>(0x100 - pitch))),
+        rank(_mm256_sub_epi8(sums_of_bytes(_mm256_set1_epi8(1)), _mm256_set1_epi8(1))) {}
+
+  // Entries i … i + 31, in the lower half of their planes' words; gives a bit for each that starts a row.
+  std::uint32_t read(int i, const std::uint64_t* word) {
     __m256i low = _mm256_setzero_si256();
-    for (int p = 0; p < k; ++p) {
-      const __m256i set = bytes_of_bits(static_cast<std::uint32_t>(planes(i - half, p) >> half));
+    for (int p = 0; p < K; ++p) {
+      const __m256i set = bytes_of_bits(static_cast<std::uint32_t>(word[p]));
       low = _mm256_or_si256(low, _mm256_and_si256(set, _mm256_set1_epi8(static_cast<char>(1 << p))));
     }
-    low = _mm256_add_epi8(sums_of_bytes(low), sum);
-    sum = _mm256_broadcastb_epi8(_mm_srli_si128(_mm256_extracti128_si256(low, 1), 15));
+    low = sums_of_bytes(low);
     auto* at = reinterpret_cast<__m256i*>(list.column + i);
-    const __m256i quotient = _mm256_sll_epi16(_mm256_sub_epi8(_mm256_load_si256(at), rank), _mm_cvtsi32_si128(k));
-    const __m256i column = _mm256_add_epi8(low, _mm256_add_epi8(rank, _mm256_and_si256(quotient, kept)));
-    const __m256i previous = _mm256_alignr_epi8(column, _mm256_permute2x128_si256(before, column, 0x21), 15);
-    const __m256i same =
-        pitch == kTileColumns
-            ? _mm256_xor_si256(_mm256_cmpeq_epi8(_mm256_min_epu8(column, previous), column), _mm256_set1_epi8(-1))
-            : _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_xor_si256(column, previous), row_bits), _mm256_setzero_si256());
-    rank = _mm256_add_epi8(rank, _mm256_set1_epi8(32)), before = column;
+    const __m256i quotient = _mm256_slli_epi16(_mm256_sub_epi8(_mm256_load_si256(at), rank), K);
+    const __m256i shifted = _mm256_and_si256(quotient, _mm256_set1_epi8(static_cast<char>(0xff << K)));
+    const __m256i column = _mm256_add_epi8(_mm256_add_epi8(low, sum), _mm256_add_epi8(rank, shifted));
+    sum = _mm256_add_epi8(sum, _mm256_broadcastb_epi8(_mm_srli_si128(_mm256_extracti128_si256(low, 1), 15)));
+    rank = _mm256_add_epi8(rank, _mm256_set1_epi8(32));
     _mm256_store_si256(at, column);
-    std::uint32_t starts = ~static_cast<std::uint32_t>(_mm256_movemask_epi8(same)) | (i == 0);
-    if (left < 32) starts &= (1u << left) - 1;
-    if (rows > kTileRows) fail_corrupt();  // there is room for what 32 more add
-    for (; starts; starts &= starts - 1) list.row[rows++] = static_cast<std::uint16_t>(i + __builtin_ctz(starts));
+    const __m256i previous = _mm256_alignr_epi8(column, _mm256_permute2x128_si256(before, column, 0x21), 15);
+    before = column;
+    const __m256i other =
+        Narrow ? _mm256_and_si256(_mm256_xor_si256(column, previous), row_bits) : _mm256_subs_epu8(column, previous);
+    const auto none = static_cast<std::uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(other, _mm256_setzero_si256())));
+    return Narrow ? ~none | (i == 0) : none;
   }
-  if (rows > kTileRows) fail_corrupt();
-  for (; rows <= kTileRows; ++rows) list.row[rows] = static_cast<std::uint16_t>(list.count);
-}
 
-inline void read_positions(const GapTile& tile, int pitch, const TilePlanes& planes, TileList& list) {
-  if (read_ones(tile, list.column) != list.count) fail_corrupt();
-  read_columns(tile.entry.k, planes, pitch, list);
+  void start_rows(int i, std::uint64_t starts) {
+    if (rows > kTileRows) fail_corrupt();  // there is room for what 64 more add
+    std::uint16_t* to = list.row + rows;
+    rows += __builtin_popcountll(starts);
+    for (int n = 0; n < 6; ++n, starts &= starts - 1) to[n] = static_cast<std::uint16_t>(i + _tzcnt_u64(starts));
+    for (to += 6; __builtin_expect(starts != 0, 0); starts &= starts - 1)  // sparse tiles
+      *to++ = static_cast<std::uint16_t>(i + _tzcnt_u64(starts));
+  }
+};
+
+template <int K, bool Narrow>
+void read_columns(const TilePlanes& planes, int pitch, TileList& list) {
+  ColumnReader<K, Narrow> reader{list, pitch};
+  for (int i = 0; i < list.count; i += 64) {
+    std::uint64_t word[K + 1];
+    for (int p = 0; p < K; ++p) word[p] = planes(i, p);
+    const std::uint64_t first = reader.read(i, word);
+    for (int p = 0; p < K; ++p) word[p] >>= 32;
+    const std::uint64_t starts = first | static_cast<std::uint64_t>(reader.read(i + 32, word)) << 32;
+    const int left = list.count - i;
+    reader.start_rows(i, left < 64 ? starts & ((std::uint64_t{1} << left) - 1) : starts);
+  }
+  if (reader.rows > kTileRows) fail_corrupt();
+  for (int row = reader.rows; row <= kTileRows; ++row) list.row[row] = static_cast<std::uint16_t>(list.count);
 }
 
 #else
@@ -267,6 +276,28 @@ inline void read_columns(const GapTile& tile, int pitch, const TilePlanes& plane
 inline void read_positions(const GapTile& tile, int pitch, const TilePlanes& planes, TileList& list) {
   if (read_quotients(tile, list.column) != list.count) fail_corrupt();
   read_columns(tile, pitch, planes, list);
+}
+
+#endif
+
+#if defined(__AVX2__)
+
+template <bool Narrow>
+void read_columns(int k, const TilePlanes& planes, int pitch, TileList& list) {
+  switch (k) {
+    case 0: return read_columns<0, Narrow>(planes, pitch, list);
+    case 1: return read_columns<1, Narrow>(planes, pitch, list);
+    case 2: return read_columns<2, Narrow>(planes, pitch, list);
+    case 3: return read_columns<3, Narrow>(planes, pitch, list);
+    case 4: return read_columns<4, Narrow>(planes, pitch, list);
+    default: return read_columns<5, Narrow>(planes, pitch, list);
+  }
+}
+
+inline void read_positions(const GapTile& tile, int pitch, const TilePlanes& planes, TileList& list) {
+  if (read_ones(tile, list.column) != list.count) fail_corrupt();
+  pitch == kTileColumns ? read_columns<false>(tile.entry.k, planes, pitch, list)
+                        : read_columns<true>(tile.entry.k, planes, pitch, list);
 }
 
 #endif
