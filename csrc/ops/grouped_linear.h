@@ -49,14 +49,14 @@ struct GroupedLinearLayout : Workspace {
   std::int64_t words, x_stride, row_stride, block;  // 32-bit words of a token; elements; words
   std::int64_t chunk;                               // tokens that the sums have room for
   std::int64_t out_rows;                            // rows of weight per task
-  std::int64_t start, order, first_block, x, blocks, sums, rows, copy;
+  std::int64_t start, order, used, first_block, x, blocks, sums, rows, copy;
 
   GroupedLinearLayout(const GroupedLinearArgs& a, bool pairs) {
     const std::int64_t size = a.dtype == Dtype::f32 ? 4 : 2, crowded = a.T / (kMoeFewTokens + 1);
     turned = is_turned(a.weight_stride_o == 1 && a.weight_stride_c != 1, a.T, a.E, a.dtype);
     words = pairs ? (a.C + 1) / 2 : a.C, x_stride = row_stride = (a.C + 63) / 64 * 64, block = kMoeBlock * words;
     out_rows = turned ? turned_rows((a.T < a.E ? a.T : a.E) * a.O, a.T, a.threads) : kMoeDownRows;
-    start = take(4 * (a.E + 1)), order = take(4 * a.T), first_block = take(4 * (a.E + 1));
+    start = take(4 * (a.E + 1)), order = take(4 * a.T), used = take(4 * (a.E + 1)), first_block = take(4 * (a.E + 1));
     const std::int64_t most = turned ? kTurnedChunk : kMoeTokens,
                        padded = (a.T + 2 * kMoeBlock - 1) / (2 * kMoeBlock) * 2 * kMoeBlock;
     chunk = padded < most ? padded : most;

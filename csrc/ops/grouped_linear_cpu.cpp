@@ -19,7 +19,7 @@ struct Layers {
   P* scratch(i64 offset) const {
     return reinterpret_cast<P*>(static_cast<char*>(a.workspace) + offset);
   }
-  ExpertLists lists() const { return {a.E, scratch<i32>(at.start), scratch<i32>(at.order)}; }
+  ExpertLists lists() const { return {a.E, scratch<i32>(at.start), scratch<i32>(at.order), scratch<i32>(at.used)}; }
   const T* token(i64 t) const {
     if (a.x_stride_c != 1) return scratch<T>(at.x) + t * at.x_stride;
     return static_cast<const T*>(a.x) + t * a.x_stride_t;
@@ -105,10 +105,10 @@ struct Layers {
       for (i64 number = begin; number < end; ++number) pack(number);
     });
     const i64 tasks = (a.O + at.out_rows - 1) / at.out_rows;
-    parallel_for(a.E * tasks, 1, a.threads, [&](i64 begin, i64 end, int thread) {
+    parallel_for(lists().count_used() * tasks, 1, a.threads, [&](i64 begin, i64 end, int thread) {
       for (i64 task = begin; task < end; ++task) {
-        const i64 e = task / tasks, o = task % tasks * at.out_rows, n = a.O - o < at.out_rows ? a.O - o : at.out_rows;
-        if (!lists().tokens_of(e)) continue;
+        const i64 e = lists().used[task / tasks], o = task % tasks * at.out_rows;
+        const i64 n = a.O - o < at.out_rows ? a.O - o : at.out_rows;
         if (at.turned) {
           multiply_turned(e, o, n, thread);
         } else {

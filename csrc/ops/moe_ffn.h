@@ -103,7 +103,7 @@ struct MoeFfnLayout : Workspace {
   std::int64_t hidden_stride, x_stride, row_stride;  // elements; rows start on cache lines
   std::int64_t x_block, hidden_block;                // 32-bit words of a packed block
   // Offsets. i32 (E+1), i32 (T·K), i32 (E+1); x with contiguous channels; h, as rows (T·K,I) or as blocks
-  std::int64_t start, order, first_block, x, hidden, hidden_blocks;
+  std::int64_t start, order, used, first_block, x, hidden, hidden_blocks;
   // Offsets, per thread. i64: what is packed; x as blocks; f32 sums of both products; copied rows of weights.
   std::int64_t packed, x_blocks, sums, total, rows, copy;
   // Offsets, weights in transposed order: x as words (T), h as words (T·K); per thread: f32 sums.
@@ -122,7 +122,7 @@ struct MoeFfnLayout : Workspace {
     turned_chunk = choices < kTurnedChunk ? choices : kTurnedChunk;
     hidden_stride = padded(a.I, 64), x_stride = padded(a.H, 64), row_stride = padded(widest, 64);
     x_block = kMoeBlock * words_h, hidden_block = kMoeBlock * words_i;
-    start = take(4 * (a.E + 1)), order = take(4 * choices), first_block = take(4 * (a.E + 1));
+    start = take(4 * (a.E + 1)), order = take(4 * choices), used = take(4 * (a.E + 1)), first_block = take(4 * (a.E + 1));
     total = take(4 * a.threads * a.T * down_rows);
     x_words = take(turned ? 4 * a.T * words_h : 0), hidden_words = take(turned ? 4 * choices * words_i : 0);
     turned_sums = take(turned ? 4 * a.threads * turned_chunk * kTurnedStride : 0);

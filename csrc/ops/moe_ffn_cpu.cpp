@@ -21,7 +21,7 @@ struct Experts {
   P* scratch(i64 offset) const {
     return reinterpret_cast<P*>(static_cast<char*>(a.workspace) + offset);
   }
-  ExpertLists lists() const { return {a.E, scratch<i32>(at.start), scratch<i32>(at.order)}; }
+  ExpertLists lists() const { return {a.E, scratch<i32>(at.start), scratch<i32>(at.order), scratch<i32>(at.used)}; }
   T* hidden(i64 pair) const { return scratch<T>(at.hidden) + pair * at.hidden_stride; }
 
   const T* token(i64 t) const {
@@ -226,10 +226,10 @@ struct Experts {
         to_words(static_cast<const T*>(a.x) + t * a.x_stride_t, a.x_stride_h, a.H, scratch<float>(at.x_words) + t * at.words_h);
     });
     const i64 width = a.gated ? at.up_rows / 2 : at.up_rows, tasks = (a.I + width - 1) / width;
-    parallel_for(a.E * tasks, 1, a.threads, [&](i64 begin, i64 end, int thread) {
+    parallel_for(lists().count_used() * tasks, 1, a.threads, [&](i64 begin, i64 end, int thread) {
       for (i64 task = begin; task < end; ++task) {
-        const i64 e = task / tasks, i = task % tasks * width;
-        if (lists().tokens_of(e)) first_turned(e, i, a.I - i < width ? a.I - i : width, thread);
+        const i64 e = lists().used[task / tasks], i = task % tasks * width;
+        first_turned(e, i, a.I - i < width ? a.I - i : width, thread);
       }
     });
     each_columns([&](i64 o, i64 n, int thread) { second_turned(o, n, thread); });
@@ -254,9 +254,10 @@ struct Experts {
     // Where experts have several chunks of tokens, a task takes some blocks of rows, so that packing a chunk serves all of them.
     const bool crowded = a.T * a.K > kMoeTokens * a.E && a.up_stride_h == 1;
     const i64 task_rows = kMoeUpRows * (crowded ? 4 : 1), tasks = (a.I + task_rows - 1) / task_rows;
-    parallel_for(a.E * tasks, 1, a.threads, [&](i64 begin, i64 end, int thread) {
+    parallel_for(lists().count_used() * tasks, 1, a.threads, [&](i64 begin, i64 end, int thread) {
       for (i64 task = begin; task < end; ++task) {
-        const i64 e = task / tasks, first = task % tasks * task_rows, last = first + task_rows < a.I ? first + task_rows : a.I;
+        const i64 e = lists().used[task / tasks], first = task % tasks * task_rows;
+        const i64 last = first + task_rows < a.I ? first + task_rows : a.I;
         const i64 all = lists().tokens_of(e), step = crowded ? kMoeTokens : all;
         for (i64 from = 0; from < all; from += step)
           for (i64 i = first; i < last; i += kMoeUpRows)

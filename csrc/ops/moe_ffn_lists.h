@@ -11,6 +11,14 @@ struct ExpertLists {
   std::int64_t E;
   std::int32_t* start;  // (E+1)
   std::int32_t* order;  // (T·K)
+  std::int32_t* used;   // (E+1) the experts that have choices, in order; behind them −1
+
+  // Work is split among the experts that have any: with parts of all of them, few used ones might share a thread.
+  std::int64_t count_used() const {
+    std::int64_t n = 0;
+    while (used[n] >= 0) ++n;
+    return n;
+  }
 
   std::int64_t tokens_of(std::int64_t e) const { return start[e + 1] - start[e]; }
 
@@ -46,6 +54,10 @@ struct ExpertLists {
     });
     for (std::int64_t e = E; e > 0; --e) start[e] = start[e - 1];
     start[0] = 0;
+    std::int32_t* next = used;
+    for (std::int64_t e = 0; e < E; ++e)
+      if (tokens_of(e)) *next++ = static_cast<std::int32_t>(e);
+    *next = -1;
   }
 
   // f(count, pairs) for an expert's tokens, `most` at a time.

@@ -140,7 +140,7 @@ template <>
 struct Broadcast<bf16> {
   static f32v take(const float* row, std::int64_t d) { return set1(row[d]); }  // the bits of two bf16
   static f32v mac(f32v sum, f32v weight, f32v tokens) {
-    return {_mm512_dpbf16_ps(sum.v, (__m512bh)weight.v, (__m512bh)tokens.v)};
+    return {dot_pairs(sum.v, _mm512_castps_si512(weight.v), _mm512_castps_si512(tokens.v))};
   }
 };
 #endif

@@ -45,7 +45,9 @@ struct TurnedLanes<bf16> {
     const __mmask32 some = n < 32 ? (1u << n) - 1 : ~0u;
     pair(_mm512_maskz_loadu_epi16(some, at), both ? _mm512_maskz_loadu_epi16(some, at + stride) : _mm512_setzero_si512(), to);
   }
-  static f32v mac(f32v sum, f32v weight, f32v token) { return {_mm512_dpbf16_ps(sum.v, (__m512bh)weight.v, (__m512bh)token.v)}; }
+  static f32v mac(f32v sum, f32v weight, f32v token) {
+    return {dot_pairs(sum.v, _mm512_castps_si512(weight.v), _mm512_castps_si512(token.v))};
+  }
 };
 #endif
 

@@ -60,7 +60,7 @@ constexpr std::int64_t kTernaryMaxInt8 = 1 << 16;  // columns
 struct TernaryMatmulLayout : Workspace {
   std::int64_t strips, width;  // of x, in elements
   std::int64_t chunk, block_bytes;
-  std::int64_t start, order, x, planar, q, step, strip_sum, unit, first_block, packed, panel, sums, part, copy;
+  std::int64_t start, order, used, x, planar, q, step, strip_sum, unit, first_block, packed, panel, sums, part, copy;
 
   explicit TernaryMatmulLayout(const TernaryMatmulArgs& a) {
     const std::int64_t choices = a.T * a.K, size = a.dtype == Dtype::f32 ? 4 : 2;
@@ -68,7 +68,7 @@ struct TernaryMatmulLayout : Workspace {
     strips = strips_of(a.weight.C), width = strips * kTileColumns;
     chunk = choices < kTernaryChunk ? padded(choices, 2 * kTernaryBlock) : kTernaryChunk;
     block_bytes = kTernaryBlock * (a.int8 ? 1 : 4) * width;
-    start = take(4 * (a.weight.E + 1)), order = take(4 * choices);
+    start = take(4 * (a.weight.E + 1)), order = take(4 * choices), used = take(4 * (a.weight.E + 1));
     x = take(4 * a.T * width), planar = take(a.int8 ? 0 : 4 * a.T * width);
     q = take(a.int8 ? a.T * width : a.x_stride_c != 1 ? a.T * a.weight.C * size : 0), step = take(a.int8 ? a.T * strips : 0);
     strip_sum = take(a.int8 ? 4 * a.T * strips : 0), unit = take(a.int8 ? 4 * a.T : 0);

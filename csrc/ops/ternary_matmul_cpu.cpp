@@ -32,7 +32,7 @@ struct Ternary {
   P* scratch(i64 offset) const {
     return reinterpret_cast<P*>(static_cast<char*>(a.workspace) + offset);
   }
-  ExpertLists lists() const { return {w.E, scratch<i32>(at.start), scratch<i32>(at.order)}; }
+  ExpertLists lists() const { return {w.E, scratch<i32>(at.start), scratch<i32>(at.order), scratch<i32>(at.used)}; }
   float* spread(i64 t) const { return scratch<float>(at.x) + t * at.width; }
   std::int8_t* q(i64 t) const { return scratch<std::int8_t>(at.q) + t * at.width; }
   std::uint8_t* steps(i64 t) const { return scratch<std::uint8_t>(at.step) + t * at.strips; }
@@ -255,17 +255,19 @@ struct Ternary {
     });
     constexpr i64 kPer = kTernaryRows / kTileRows;
     const i64 tasks = (blocks + kPer - 1) / kPer;
-    parallel_for(w.E * blocks, 1, a.threads, [&](i64 begin, i64 end, int) {
+    parallel_for(lists().count_used() * blocks, 1, a.threads, [&](i64 begin, i64 end, int) {
       FewScratch own;
       for (i64 task = begin; task < end; ++task) {
-        const i64 e = task / blocks, count = lists().tokens_of(e);
-        if (count && !is_crowded(e)) multiply_few(e, task % blocks, count, lists().order + lists().start[e], own);
+        const i64 e = lists().used[task / blocks], count = lists().tokens_of(e);
+        if (!is_crowded(e)) multiply_few(e, task % blocks, count, lists().order + lists().start[e], own);
       }
     });
-    parallel_for(w.E * tasks, 1, a.threads, [&](i64 begin, i64 end, int thread) {
+    parallel_for(lists().count_used() * tasks, 1, a.threads, [&](i64 begin, i64 end, int thread) {
       PanelScratch own;
-      for (i64 task = begin; task < end; ++task)
-        if (is_crowded(task / tasks)) multiply_many(task / tasks, task % tasks * kPer, thread, own);
+      for (i64 task = begin; task < end; ++task) {
+        const i64 e = lists().used[task / tasks];
+        if (is_crowded(e)) multiply_many(e, task % tasks * kPer, thread, own);
+      }
     });
   }
 };

@@ -1,7 +1,7 @@
 // Dot products of rows in f32, several rows at a time. The order of additions of one pair depends on C alone, not on which
 // rows share the call, so equal rows get equal results wherever they stand.
 #pragma once
-#include "core/cpu/simd.h"
+#include "core/cpu/dot_in_place.h"
 
 namespace effvlm::EFFVLM_ISA {
 
@@ -18,13 +18,13 @@ struct DotLanes {
 #if defined(__AVX512BF16__)
 template <>
 struct DotLanes<bf16> {  // two products a lane: exact products, f32 sums, subnormals flushed
-  using Vector = __m512bh;
+  using Vector = __m512i;
   static constexpr int width = 32;
-  static Vector take(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static Vector take(const bf16* p) { return _mm512_loadu_si512(p); }
   static Vector take(const bf16* p, int n) {
-    return (__m512bh)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((std::uint64_t{1} << n) - 1), p);
+    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((std::uint64_t{1} << n) - 1), p);
   }
-  static f32v mac(f32v sum, Vector a, Vector b) { return {_mm512_dpbf16_ps(sum.v, a, b)}; }
+  static f32v mac(f32v sum, Vector a, Vector b) { return {dot_pairs(sum.v, a, b)}; }
 };
 #endif
 

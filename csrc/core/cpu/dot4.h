@@ -1,6 +1,6 @@
 // i32v: one vector register of i32, and sums of products of four bytes, u8 × s8, exact for u8 up to 4.
 #pragma once
-#include "core/cpu/simd.h"
+#include "core/cpu/dot_in_place.h"
 
 namespace effvlm::EFFVLM_ISA {
 
@@ -20,7 +20,7 @@ inline f32v to_f32v(i32v a) { return {_mm512_cvtepi32_ps(a.v)}; }
 // Lane l: sum + Σ_j u[j]·s[4·l + j], with the four bytes u of every lane.
 inline i32v dot4(i32v sum, i32v u, i32v s) {
 #if defined(__AVX512VNNI__)
-  return {_mm512_dpbusd_epi32(sum.v, u.v, s.v)};
+  return {dot_bytes(sum.v, u.v, s.v)};
 #else
   return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(_mm512_maddubs_epi16(u.v, s.v), _mm512_set1_epi16(1)))};
 #endif

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/cpu/amx.h"
+#include "core/cpu/dot_in_place.h"
 #include "core/cpu/simd.h"
 
 #if defined(__AVX512VNNI__)
@@ -54,8 +55,8 @@ inline void int8_block(const std::uint8_t* a, std::int64_t K, const std::int8_t*
       std::int32_t four;
       std::memcpy(&four, a + i * K + k, 4);
       const __m512i va = _mm512_set1_epi32(four);
-      sum[i][0] = _mm512_dpbusd_epi32(sum[i][0], va, vb0);
-      sum[i][1] = _mm512_dpbusd_epi32(sum[i][1], va, vb1);
+      sum[i][0] = dot_bytes(sum[i][0], va, vb0);
+      sum[i][1] = dot_bytes(sum[i][1], va, vb1);
     }
   }
   for (int i = 0; i < kBlockRows; ++i) {
