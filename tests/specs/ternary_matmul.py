@@ -84,15 +84,16 @@ PEERS = ("torch bf16", "own bf16", "own 2-bit", "QMoE code", "QMoE code, int8 to
 
 
 def _peer(name: str, x: torch.Tensor, ids: torch.Tensor, *weight: Any) -> Callable[[], Any]:
-    """A peer of bench/ternary_peers.py, on the weights unpacked; one tensor as every op returns it."""
+    """A peer of bench/ternary_peers.py, on the weights unpacked."""
     import ternary_peers
 
     data, tiles, base, scales, levels, _ = weight
     if levels != 3:
         raise ValueError(f"{name}: has three levels only")
+    if ((ids < 0) | (ids >= len(scales))).any():
+        raise ValueError(f"{name}: needs an expert for each choice")
     trits = torch.ops.effvlm.ternary_unpack(data, tiles, base, scales.shape[1], x.shape[1], levels)
-    call = ternary_peers.PREPARED[name](x, ids, trits, scales.float())
-    return lambda: (call(),)
+    return ternary_peers.PREPARED[name](x, ids, trits, scales.float())
 
 
 SPEC = Spec(
