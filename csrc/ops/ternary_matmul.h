@@ -18,8 +18,8 @@
 //            only those of non-zeros; extra memory 5.3 (int8) or 8 bytes per element of x, for many tokens as much again per
 //            choice, and at most 0.7 MB per thread; CUDA: partial sums, at most 16 MB or 4·T·K·R bytes
 // Why so     gaps of 64 non-zeros become columns in some 50 instructions (a prefix sum of bytes modulo 256), and a look-up in 256
-//            activations that sit in registers gives what to add; many tokens: a tile is scattered once over zeros, in the
-//            cache, and multiplied as a dense one
+//            activations that sit in registers gives what to add; many tokens: each entry adds
+//            its column of a block of tokens, so that only non-zeros cost, and dense bf16 tiles are made for AMX alone
 // Not for    weights with few zeros (dense 2-bit reads more bytes, but decodes nothing); training
 #pragma once
 #include "core/cpu/isa.h"
@@ -51,34 +51,33 @@ namespace {  // internal linkage: compiled once per ISA level, and the linker mu
 constexpr std::int64_t kTernaryFew = 3;            // at most so many tokens of an expert look up what they add, entry by entry
 constexpr std::int64_t kTernaryRows = 192;         // rows of a task with panels: three tiles
 constexpr std::int64_t kTernaryChunk = 256;        // tokens whose sums a task holds
-constexpr std::int64_t kTernaryBlock = 16;         // tokens of a packed block, a lane each
 constexpr std::int64_t kTernaryMaxInt8 = 1 << 16;  // columns
 
 // CPU workspace, offsets in bytes. x in strips of 256, the columns of a narrow one repeated to fill them: f32, or q as i8 with m
-// (u8) and the sum of q (i32) per strip and S (f32) per token. Tokens packed in
-// blocks, expert by expert. Per thread: a panel of weights, sums.
+// (u8) per strip and S (f32) per token. Tokens packed in blocks, expert by expert: a line of 64 bytes per column. Per thread:
+// sums; for tiles, a panel of weights.
 struct TernaryMatmulLayout : Workspace {
   std::int64_t strips, width;  // of x, in elements
   std::int64_t chunk, block_bytes;
-  std::int64_t start, order, used, x, planar, q, step, strip_sum, unit, first_block, packed, panel, sums, part, copy;
+  std::int64_t start, order, used, x, planar, q, step, unit, first_block, packed, panel, sums, part, copy;
 
   explicit TernaryMatmulLayout(const TernaryMatmulArgs& a) {
     const std::int64_t choices = a.T * a.K, size = a.dtype == Dtype::f32 ? 4 : 2;
     const auto padded = [](std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; };
     strips = strips_of(a.weight.C), width = strips * kTileColumns;
-    chunk = choices < kTernaryChunk ? padded(choices, 2 * kTernaryBlock) : kTernaryChunk;
-    block_bytes = kTernaryBlock * (a.int8 ? 1 : 4) * width;
+    chunk = choices < kTernaryChunk ? padded(choices, 32) : kTernaryChunk;
+    block_bytes = 64 * width;  // of 32 tokens in i16, or 16 in f32 or (pairs) bf16
     start = take(4 * (a.weight.E + 1)), order = take(4 * choices), used = take(4 * (a.weight.E + 1));
     x = take(4 * a.T * width), planar = take(a.int8 ? 0 : 4 * a.T * width);
     q = take(a.int8 ? a.T * width : a.x_stride_c != 1 ? a.T * a.weight.C * size : 0), step = take(a.int8 ? a.T * strips : 0);
-    strip_sum = take(a.int8 ? 4 * a.T * strips : 0), unit = take(a.int8 ? 4 * a.T : 0);
+    unit = take(a.int8 ? 4 * a.T : 0);
     const std::int64_t crowded = choices / (kTernaryFew + 1), E = a.weight.E;
     first_block = take(4 * (E + 1));
-    packed = take((choices / kTernaryBlock + (crowded < E ? crowded : E)) * block_bytes);
-    panel = take(a.threads * kTernaryRows * kTileColumns * (a.int8 ? 1 : 4));
+    packed = take((choices / (a.int8 ? 32 : 16) + (crowded < E ? crowded : E)) * block_bytes);
+    panel = take(a.int8 ? 0 : 2 * a.threads * kTernaryRows * kTileColumns);
     sums = take(4 * a.threads * chunk * kTernaryRows);
-    part = take(4 * a.threads * chunk * kMoeSums);
-    copy = take(4 * a.threads * kMoeCopiedRows * kTileColumns);
+    part = take(a.int8 ? 0 : 4 * a.threads * chunk * kMoeSums);
+    copy = take(a.int8 ? 0 : 4 * a.threads * kMoeCopiedRows * kTileColumns);
   }
 };
 

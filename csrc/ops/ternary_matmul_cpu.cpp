@@ -5,6 +5,7 @@
 #include "ops/moe_ffn_lists.h"
 #include "ops/ternary_matmul_lookup.h"
 #include "ops/ternary_matmul_panel.h"
+#include "ops/ternary_matmul_sums.h"
 #include "ops/ternary_matmul_tokens.h"
 
 namespace effvlm::EFFVLM_ISA {
@@ -19,10 +20,22 @@ struct FewScratch {
   RowSums sums[kTernaryFew];
 };
 
+#if defined(EFFVLM_HAS_AMX)
+template <class T>
+constexpr bool kTiles = std::is_same_v<T, bf16>;  // many exact tokens run faster as tiles of a dense product
+#else
+template <class T>
+constexpr bool kTiles = false;
+#endif
+
+template <class T>
+union ManyScratch {
+  SumScratch sums;
+  PanelScratch panel;
+};
+
 template <class T>
 struct Ternary {
-  using Panel = std::conditional_t<kPairs<T>, T, float>;  // what a panel of exact products holds
-
   const TernaryMatmulArgs& a;
   const TernaryMatmulLayout& at;
   const GapPlanes& w = a.weight;
@@ -36,7 +49,6 @@ struct Ternary {
   float* spread(i64 t) const { return scratch<float>(at.x) + t * at.width; }
   std::int8_t* q(i64 t) const { return scratch<std::int8_t>(at.q) + t * at.width; }
   std::uint8_t* steps(i64 t) const { return scratch<std::uint8_t>(at.step) + t * at.strips; }
-  i32* strip_sums(i64 t) const { return scratch<i32>(at.strip_sum) + t * at.strips; }
   T* out(i32 pair, i64 row) const { return static_cast<T*>(a.out) + pair * w.R + row; }
   float scale(i64 e, i64 row) const { return to_f32(a.scale[e * a.scale_stride_e + row * a.scale_stride_r]); }
   const T* contiguous(i64 t) const {
@@ -48,7 +60,7 @@ struct Ternary {
       const T* x = static_cast<const T*>(a.x) + t * a.x_stride_t;
       spread_token(x, a.x_stride_c, w.C, at.strips, spread(t));
       if (a.int8) {
-        scratch<float>(at.unit)[t] = quantize_token(spread(t), w.C, at.strips, w.levels, q(t), steps(t), strip_sums(t));
+        scratch<float>(at.unit)[t] = quantize_token(spread(t), at.strips, w.levels, q(t), steps(t));
       } else if (a.x_stride_c != 1) {
         for (i64 c = 0; c < w.C; ++c) scratch<T>(at.q)[t * w.C + c] = x[c * a.x_stride_c];
       }
@@ -133,82 +145,81 @@ struct Ternary {
 
   bool is_crowded(i64 e) const { return lists().tokens_of(e) > kTernaryFew; }
   i32* first_block() const { return scratch<i32>(at.first_block); }
+  i64 per_block() const { return a.int8 ? 32 : 16; }  // tokens: what a line holds
   const char* packed(i64 e, i64 c) const {
-    return scratch<char>(at.packed) + (first_block()[e] + c / kTernaryBlock) * at.block_bytes;
+    return scratch<char>(at.packed) + (first_block()[e] + c / per_block()) * at.block_bytes;
   }
 
   void count_blocks() const {
     first_block()[0] = 0;
     for (i64 e = 0; e < w.E; ++e) {
-      const i64 count = is_crowded(e) ? (lists().tokens_of(e) + kTernaryBlock - 1) / kTernaryBlock : 0;
+      const i64 count = is_crowded(e) ? (lists().tokens_of(e) + per_block() - 1) / per_block() : 0;
       first_block()[e + 1] = first_block()[e] + static_cast<i32>(count);
     }
   }
 
-  // Block `number`, counted over all experts: 16 tokens, a lane each.
+  // Block `number`, counted over all experts.
   void pack(i64 number) const {
     i64 e = 0;
     while (first_block()[e + 1] <= number) ++e;
-    const i64 c = (number - first_block()[e]) * kTernaryBlock, left = lists().tokens_of(e) - c;
-    const i64 some = left < kTernaryBlock ? left : kTernaryBlock;
+    const i64 c = (number - first_block()[e]) * per_block(), left = lists().tokens_of(e) - c;
+    const i64 some = left < per_block() ? left : per_block();
     const i32* pairs = lists().order + lists().start[e] + c;
-    float* to = scratch<float>(at.packed + number * at.block_bytes);
-    if constexpr (kPairs<T>)
-      if (!a.int8) {
-        const T* rows[kTernaryBlock];
-        for (i64 l = 0; l < some; ++l) rows[l] = contiguous(pairs[l] / a.K);
-        return pack_block(rows, some, w.C, to);
-      }
-    const float* rows[kTernaryBlock] = {};
-    for (i64 l = 0; l < some; ++l) {
-      const i64 t = pairs[l] / a.K;
-      rows[l] = a.int8 ? reinterpret_cast<const float*>(q(t)) : spread(t);
+    char* to = scratch<char>(at.packed + number * at.block_bytes);
+    if (a.int8) {
+      const std::int8_t* rows[32] = {};
+      for (i64 l = 0; l < some; ++l) rows[l] = q(pairs[l] / a.K);
+      return pack_pairs(rows, at.width, reinterpret_cast<std::uint32_t*>(to));
     }
-    pack_words(rows, a.int8 ? at.width / 4 : at.width, to);
+    if constexpr (kTiles<T>) {
+      const T* rows[16];
+      for (i64 l = 0; l < some; ++l) rows[l] = contiguous(pairs[l] / a.K);
+      return pack_block(rows, some, w.C, reinterpret_cast<float*>(to));
+    }
+    const float* rows[16] = {};
+    for (i64 l = 0; l < some; ++l) rows[l] = spread(pairs[l] / a.K);
+    pack_words(rows, at.width, reinterpret_cast<float*>(to));
   }
 
-  // The panel of up to three tiles of strip s; returns how many rows it has.
-  template <class P>
-  i64 fill_panel(i64 e, i64 first, i64 s, const Strip& strip, P* panel, PanelScratch& own) const {
-    i64 block = first;
-    for (; block < blocks && block < first + kTernaryRows / kTileRows; ++block) {
-      read(e, block, s, strip, own.list);
-      to_panel(own, strip.pitch, w.levels, panel + (block - first) * kTileRows * kTileColumns);
-    }
-    return (block - first) * kTileRows;
-  }
-
-  void multiply_int8(i64 e, i64 first, i64 count, const i32* pairs, const char* packed, int thread, PanelScratch& own) const {
-    auto* panel = scratch<std::uint8_t>(at.panel) + thread * kTernaryRows * kTileColumns;
-    i32 *total = scratch<i32>(at.sums) + thread * at.chunk * kTernaryRows, m[kTernaryChunk] = {}, shift[kTernaryChunk] = {};
-    std::memset(total, 0, 4 * at.chunk * kTernaryRows);
+  // E: i16 with sums in i32, or f32. Tiles are read once for all of up to 256 tokens, tables made once for three tiles.
+  template <class E, class Sum>
+  void multiply_lines(i64 e, i64 first, i64 count, const i32* pairs, const char* packed, int thread, SumScratch& own) const {
+    Sum* total = scratch<Sum>(at.sums) + thread * at.chunk * kTernaryRows;
+    std::memset(total, 0, sizeof(Sum) * at.chunk * kTernaryRows);
+    const i64 tiles = blocks - first < kTernaryRows / kTileRows ? blocks - first : kTernaryRows / kTileRows;
+    alignas(64) i32 m[32] = {};
     for (i64 s = 0; s < at.strips; ++s) {
       const Strip strip = strip_at(w.C, s);
-      const i64 rows = fill_panel(e, first, s, strip, panel, own);
-      for (i64 c = 0; c < count; ++c) {
-        const i64 t = pairs[c] / a.K;
-        m[c] = steps(t)[s], shift[c] = w.levels / 2 * strip_sums(t)[s];
+      for (i64 i = 0; i < tiles; ++i) read(e, first + i, s, strip, own.list), place_rows(own.list, own.flat, own.places[i]);
+      for (i64 c = 0; c < count; c += per_block()) {
+        const char* lines = packed + c / per_block() * at.block_bytes + s * kTileColumns * kLine;
+        make_table<E>(lines, w.levels, own.table);
+        if (a.int8)
+          for (i64 l = 0; l < per_block() && c + l < count; ++l) m[l] = steps(pairs[c + l] / a.K)[s];
+        for (i64 i = 0; i < tiles; ++i) add_tile(own.places[i], own.table, m, total + i * kTileRows * at.chunk + c, at.chunk);
       }
-      const auto* tokens = reinterpret_cast<const std::int8_t*>(packed) + s * kTileColumns * kTernaryBlock;
-      multiply_panels(panel, rows, strip.pitch, tokens, at.block_bytes, count, m, shift, total, at.chunk);
     }
     write(e, first, count, pairs, [&](i64 c, i64 r) { return static_cast<float>(total[r * at.chunk + c]); });
   }
 
-  void multiply_exact(i64 e, i64 first, i64 count, const i32* pairs, const char* packed, int thread, PanelScratch& own) const {
-    Panel* panel = scratch<Panel>(at.panel) + thread * kTernaryRows * kTileColumns;
+  // As dense bf16, by tiles. The panel of up to three tiles of a strip at a time.
+  void multiply_panel(i64 e, i64 first, i64 count, const i32* pairs, const char* packed, int thread, PanelScratch& own) const {
+    bf16* panel = scratch<bf16>(at.panel) + thread * kTernaryRows * kTileColumns;
     float *total = scratch<float>(at.sums) + thread * at.chunk * kTernaryRows, none[kMoeDownRows] = {};
     float *part = scratch<float>(at.part) + thread * at.chunk * kMoeSums,
           *copy = scratch<float>(at.copy) + thread * kMoeCopiedRows * kTileColumns;
     std::memset(total, 0, 4 * at.chunk * kTernaryRows);
-    const Panel* row[kTernaryRows];
+    const bf16* row[kTernaryRows];
     for (i64 r = 0; r < kTernaryRows; ++r) row[r] = panel + r * kTileColumns;
     for (i64 s = 0; s < at.strips; ++s) {
       const Strip strip = strip_at(w.C, s);
-      const i64 rows = fill_panel(e, first, s, strip, panel, own);
-      const i64 width = kPairs<T> && w.C - strip.column < strip.pitch ? w.C - strip.column : strip.pitch;
-      const float* tokens =
-          reinterpret_cast<const float*>(packed) + (kPairs<T> ? strip.column / 2 : s * kTileColumns) * kTernaryBlock;
+      i64 rows = 0;
+      for (i64 block = first; block < blocks && rows < kTernaryRows; ++block, rows += kTileRows) {
+        read(e, block, s, strip, own.list);
+        to_panel(own, strip.pitch, panel + rows * kTileColumns);
+      }
+      const i64 width = w.C - strip.column < strip.pitch ? w.C - strip.column : strip.pitch;
+      const float* tokens = reinterpret_cast<const float*>(packed) + strip.column / 2 * 16;
       for (i64 r = 0; r < rows; r += kMoeDownRows) {
         const i64 n = rows - r < kMoeDownRows ? rows - r : kMoeDownRows;
         product_many(row + r, n, tokens, at.block_bytes / 4, count, width, none, part, copy);
@@ -234,13 +245,15 @@ struct Ternary {
     }
   }
 
-  void multiply_many(i64 e, i64 first, int thread, PanelScratch& own) const {
+  void multiply_many(i64 e, i64 first, int thread, ManyScratch<T>& own) const {
     i64 c = 0;
     lists().each_run(e, kTernaryChunk, [&](i64 count, const i32* pairs) {
       if (a.int8) {
-        multiply_int8(e, first, count, pairs, packed(e, c), thread, own);
+        multiply_lines<std::int16_t, i32>(e, first, count, pairs, packed(e, c), thread, own.sums);
+      } else if constexpr (kTiles<T>) {
+        multiply_panel(e, first, count, pairs, packed(e, c), thread, own.panel);
       } else {
-        multiply_exact(e, first, count, pairs, packed(e, c), thread, own);
+        multiply_lines<float, float>(e, first, count, pairs, packed(e, c), thread, own.sums);
       }
       c += count;
     });
@@ -263,7 +276,8 @@ struct Ternary {
       }
     });
     parallel_for(lists().count_used() * tasks, 1, a.threads, [&](i64 begin, i64 end, int thread) {
-      PanelScratch own;
+      ManyScratch<T> own;
+      std::memset(own.sums.table, 0, sizeof own.sums.table);
       for (i64 task = begin; task < end; ++task) {
         const i64 e = lists().used[task / tasks];
         if (is_crowded(e)) multiply_many(e, task % tasks * kPer, thread, own);

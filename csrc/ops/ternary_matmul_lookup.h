@@ -168,17 +168,6 @@ struct LookedUp {
   alignas(64) std::int8_t whole[kTileRows * kTileColumns + 192], whole_table[4 * kTileColumns];
 };
 
-inline void find_places(const TileList& list, std::uint16_t* __restrict to) {
-  const std::uint8_t* __restrict column = list.column;
-  const std::int8_t* __restrict value = list.value;
-  const int n = list.count;
-  for (int i = 0; i < n; ++i) {
-    const int negative = value[i] < 0, marked = value[i] != 1 && value[i] != -1;
-    to[i] = static_cast<std::uint16_t>(column[i] | negative << 8 | marked << 9);
-  }
-  for (int i = n; i < n + 3; ++i) to[i] = 0;  // places are looked up four at a time
-}
-
 template <class P>
 void find(const TileList& list, const std::uint16_t* __restrict place, const P* __restrict x, int levels, P* __restrict table,
           P* __restrict to) {
@@ -190,8 +179,8 @@ void find(const TileList& list, const std::uint16_t* __restrict place, const P* 
   for (int i = 0; i < list.count; i += 4) {
     std::uint64_t four;
     std::memcpy(&four, place + i, sizeof four);
-    to[i] = table[four & 0xffff], to[i + 1] = table[four >> 16 & 0xffff];
-    to[i + 2] = table[four >> 32 & 0xffff], to[i + 3] = table[four >> 48];
+    to[i] = table[(four & 0xffff) / kPlaceUnit], to[i + 1] = table[(four >> 16 & 0xffff) / kPlaceUnit];
+    to[i + 2] = table[(four >> 32 & 0xffff) / kPlaceUnit], to[i + 3] = table[(four >> 48) / kPlaceUnit];
   }
 }
 

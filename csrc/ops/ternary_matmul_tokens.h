@@ -1,7 +1,6 @@
 // Part of ternary_matmul_cpu.cpp: tokens as the products want them.
 #pragma once
-#include "core/cpu/dot4.h"
-#include "core/cpu/transpose.h"
+#include "core/cpu/simd.h"
 #include "ops/ternary_matmul.h"
 
 namespace effvlm::EFFVLM_ISA {
@@ -39,16 +38,15 @@ inline f32v round_even(f32v x) {
   return (x + magic) - magic;
 }
 
-// q, m and the sums of q of one spread token; returns S.
-inline float quantize_token(const float* x, std::int64_t C, std::int64_t strips, int levels, std::int8_t* q, std::uint8_t* step,
-                            std::int32_t* sum) {
+// q and m of one spread token; returns S.
+inline float quantize_token(const float* x, std::int64_t strips, int levels, std::int8_t* q, std::uint8_t* step) {
   const float most = largest(x, strips * kTileColumns), limit = levels == 3 ? 127.0f : 63.0f, top = 255;
   const bool plain = most >= 1e-33f && most < INFINITY;  // less than that counts as zero
   const float unit = plain ? most / (limit * top) : most < 1e-33f ? 0.0f : NAN, inverse = plain ? top / most : 0;
   for (std::int64_t s = 0; s < strips; ++s, x += kTileColumns, q += kTileColumns) {
     const float steps = plain ? std::ceil(largest(x, kTileColumns) * inverse) : 1, m = steps < 1 ? 1 : steps > top ? top : steps;
     const float scale = plain ? 1 / (m * unit) : 0;
-    step[s] = static_cast<std::uint8_t>(m), sum[s] = 0;
+    step[s] = static_cast<std::uint8_t>(m);
     if (!plain) {
       std::memset(q, 0, kTileColumns);
       continue;
@@ -58,19 +56,8 @@ inline float quantize_token(const float* x, std::int64_t C, std::int64_t strips,
       store(rounded, max(set1(-limit), min(set1(limit), round_even(load(x + c) * set1(scale)))));
       for (int l = 0; l < f32v::width; ++l) q[c + l] = static_cast<std::int8_t>(rounded[l]);
     }
-    for (int c = 0; c < strip_at(C, s).pitch; ++c) sum[s] += q[c];
   }
   return unit;
-}
-
-// 16 rows of 32-bit words, `words` a multiple of 16: word d of row l at to[d·16 + l]; zeros for rows that are null.
-inline void pack_words(const float* const* rows, std::int64_t words, float* to) {
-  alignas(64) static const float zeros[kTernaryBlock] = {};
-  for (std::int64_t d = 0; d < words; d += kTernaryBlock, to += kTernaryBlock * kTernaryBlock) {
-    const float* row[kTernaryBlock];
-    for (int l = 0; l < kTernaryBlock; ++l) row[l] = rows[l] ? rows[l] + d : zeros;
-    transpose_16x16(row, to, kTernaryBlock);
-  }
 }
 
 }  // namespace

@@ -354,4 +354,18 @@ inline void read_tile(const GapTile& tile, int pitch, int levels, TileList& list
   read_values(planes, tile.entry.k, levels, list);
 }
 
+// What each entry adds, as a place in a table of four times 256: x of its column, −x, and with the third plane what is twice that
+// (five levels) or nothing. Places count in eighths, which is what addresses of large lines want.
+constexpr int kPlaceUnit = 8;
+inline void find_places(const TileList& list, std::uint16_t* __restrict to) {
+  const std::uint8_t* __restrict column = list.column;
+  const std::int8_t* __restrict value = list.value;
+  const int n = list.count;
+  for (int i = 0; i < n; ++i) {
+    const int negative = value[i] < 0, marked = value[i] != 1 && value[i] != -1;
+    to[i] = static_cast<std::uint16_t>((column[i] | negative << 8 | marked << 9) * kPlaceUnit);
+  }
+  for (int i = n; i < n + 3; ++i) to[i] = 0;  // places are looked up four at a time
+}
+
 }  // namespace effvlm::EFFVLM_ISA
