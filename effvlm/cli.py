@@ -102,7 +102,7 @@ def compress(
     recipe: Annotated[Path | None, typer.Option(help="YAML file with a recipe's fields.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="Text file whose first 32,768 tokens calibrate.")] = None,
     max_memory: Annotated[str | None, typer.Option(help="Memory for weights under way, such as 4GB; default 1 GiB.")] = None,
-    activations: Annotated[str | None, typer.Option(help="exact (default), or int8: about twice as fast.")] = None,
+    activations: Annotated[str | None, typer.Option(help="exact (default), or int8: about 1.5 times as fast.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin again instead of going on.")] = False,
     as_json: JsonFlag = False,
 ) -> None:

@@ -69,7 +69,7 @@ def compress(
             0.4 GB) and a model that is in memory anyway; default 1 GiB. A folder's model that calibration loads counts.
         resume: go on with unfinished work in ``out``; otherwise begin again.
         progress: called with bytes done, bytes in all, and what is being done.
-        activations: ``"exact"``, or ``"int8"`` for about twice the speed (see :func:`effvlm.ternary_matmul`); saved with the
+        activations: ``"exact"``, or ``"int8"`` for about 1.5 times the speed (see :func:`effvlm.ternary_matmul`); saved with the
             model.
 
     Returns:

@@ -79,13 +79,27 @@ def text_batches(model: Path, file: Path) -> list[dict[str, torch.Tensor]]:
 
 def print_table(console: Console, report: CompressReport) -> None:
     """A row per layer, and the totals."""
-    table = Table()
+    table = Table(title=_pattern([layer.name for layer in report.layers]))
     table.add_column("layer", overflow="fold")
     for name in ("experts", "bits/weight", "output error", "weight error"):
         table.add_column(name, justify="right")
     table.add_column("method")
     for layer in report.layers:
-        table.add_row(*row(layer))
+        name, *cells = row(layer)
+        table.add_row(_own_part(name, table.title), *cells)
     console.print(table)
     for line in str(report).splitlines()[1 + len(report.layers) :]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _pattern(names: list[str]) -> str | None:
+    """``model.layers.*.mlp.experts``, if names differ in one part only: a narrow terminal has no room for each in full."""
+    parts = [name.split(".") for name in names]
+    if len(parts) < 2 or len({len(p) for p in parts}) > 1:
+        return None
+    differ = [i for i, each in enumerate(zip(*parts, strict=True)) if len(set(each)) > 1]
+    return ".".join("*" if i in differ else p for i, p in enumerate(parts[0])) if len(differ) == 1 else None
+
+
+def _own_part(name: str, pattern: Any) -> str:
+    return name if pattern is None else name.split(".")[pattern.split(".").index("*")]
