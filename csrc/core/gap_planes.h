@@ -111,10 +111,10 @@ EFFVLM_FORMAT GapTile tile_at(const GapPlanes& w, std::int64_t block, std::int64
   GapTile tile{e, reinterpret_cast<const std::uint8_t*>(w.data + begin), static_cast<int>(4 * (end - begin))};
   const bool inside = begin <= end && end <= w.words - kDataPadding && end - begin <= 1 << 12;
   const bool dense = e.kind == TileKind::dense;
-  const bool whole = dense ? tile.bytes == dense_bytes(pitch, w.levels)
-                           : e.kind <= TileKind::gaps_and_third && e.k <= kMaxLowBits &&
-                                 tile.bytes >= list_bytes(e.count, planes_of(e)) && 8 * tile.unary_bytes() <= kMaxUnaryBits + 64;
-  if (!inside || !whole) tile.bytes = -1;
+  if (!inside || (dense ? tile.bytes != dense_bytes(pitch, w.levels)
+                        : e.kind > TileKind::gaps_and_third || e.k > kMaxLowBits ||
+                              tile.bytes < list_bytes(e.count, planes_of(e)) || 8 * tile.unary_bytes() > kMaxUnaryBits + 64))
+    tile.bytes = -1;
   return tile;
 }
 
