@@ -184,7 +184,7 @@ compress(source, out=out)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(dense: Path, finished: Path, tmp_path: Path) -> None:
     run = [sys.executable, "-c", _KILLED, str(dense), str(tmp_path / "out")]
-    done = subprocess.run(run, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     rounds = done.stdout.splitlines()
     expected = _hashes(finished)
@@ -265,7 +265,7 @@ print(at, report.peak_memory, report.bytes_after)
 def test_a_model_of_more_than_its_memory(tmp_path: Path) -> None:
     run = [sys.executable, "-c", _LARGE, str(tmp_path / "dense"), str(tmp_path / "out")]
     (tmp_path / "dense").mkdir()
-    done = subprocess.run(run, capture_output=True, text=True)
+    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     whole, peak, after = map(int, done.stdout.split())
     assert whole > 1.2e9

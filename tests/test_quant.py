@@ -13,6 +13,7 @@ import pytest
 import torch
 from rate_distortion import LOW, bits_at, entropy, grid_error, layer, ours
 
+from effvlm.ops import ternary_pack
 from effvlm.quant import Quantized, TernaryRecipe, allocate, bits_per_weight, probe, quantize
 from effvlm.quant.measure import fit
 from effvlm.quant.minmax import minmax, minmax_factor
@@ -250,13 +251,10 @@ def test_probed_and_allocated_together_lose_less() -> None:
 
 
 def test_bits_are_those_of_the_packer() -> None:
-    effvlm = pytest.importorskip("effvlm")
-    if not hasattr(effvlm, "ternary_pack"):
-        pytest.skip("no packer in this build")
     weight, hessian = stack(("gaussian white", "t5 i^-0.6"), 192, 800)
     for levels, bits in ((3, 0.5), (3, 0.8), (5, 1.3)):
         made = quantize(weight, hessian, replace(QUICK, levels=levels, target_bits=bits))
-        packed = effvlm.ternary_pack(made.trits, made.scales, levels=levels)
+        packed = ternary_pack(made.trits, made.scales, levels=levels)
         once = 8 * packed.nbytes - float(made.bits.sum()) * weight[0].numel()
         assert 0 <= once <= 8 * 128, "header, padding and checksums, once per file"
 

@@ -272,7 +272,7 @@ def test_loaded_experts_are_views_of_the_mapped_file(folder: Path, tmp_path: Pat
     _mark(model, TernaryRecipe(), "exact")
     model.save_pretrained(tmp_path)
     run = [sys.executable, "-c", _LOAD, str(folder), str(tmp_path)]
-    done = subprocess.run(run, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     grown, experts, file = re.split(r"\s+", done.stdout.strip().splitlines()[-1])
     assert int(experts) > 8e6
