@@ -129,15 +129,14 @@ struct Ternary {
 #endif
 
   void multiply_few(i64 e, i64 block, i64 count, const i32* pairs, FewScratch& own) const {
-    for (i64 c = 0; c < count; ++c) own.sums[c].clear();
+    for (i64 c = 0; c < count; ++c) own.sums[c].clear(a.int8);
     for (i64 s = 0; s < at.strips; ++s) multiply_tile(e, block, s, count, pairs, own.list, own.buffer, own.sums);
     const i64 row = block * kTileRows, rows = w.R - row < kTileRows ? w.R - row : kTileRows;
+    float scales[kTileRows], sums[kTileRows];
+    for (i64 r = 0; r < rows; ++r) scales[r] = scale(e, row + r);
     for (i64 c = 0; c < count; ++c) {
-      const float unit = a.int8 ? scratch<float>(at.unit)[pairs[c] / a.K] : 1;
-      for (int r = 0; r < rows; ++r) {
-        const float sum = a.int8 ? own.sums[c].whole_of(r) : own.sums[c].exact_of(r);
-        from_f32(sum * (unit * scale(e, row + r)), *out(pairs[c], row + r));
-      }
+      own.sums[c].add_up(a.int8, sums);
+      write_row(sums, scales, rows, pairs[c], row);
     }
   }
 
@@ -199,7 +198,13 @@ struct Ternary {
         for (i64 i = 0; i < tiles; ++i) add_tile(own.places[i], own.table, m, total + i * kTileRows * at.chunk + c, at.chunk);
       }
     }
-    write(e, first, count, pairs, [&](i64 c, i64 r) { return static_cast<float>(total[r * at.chunk + c]); });
+    write(e, first, count, pairs, [&](i64 c, i64 r, float* sum) {
+      const float* rows[16];
+      for (i64 i = 0; i < 16; ++i) rows[i] = reinterpret_cast<const float*>(total + (r + i) * at.chunk + c);
+      transpose_16x16(rows, sum, 16);
+      if (std::is_same_v<Sum, i32>)
+        for (int i = 0; i < 16 * 16; ++i) sum[i] = static_cast<float>(static_cast<i32>(f32_to_bits(sum[i])));
+    });
   }
 
   // As dense bf16, by tiles. The panel of up to three tiles of a strip at a time.
@@ -230,18 +235,32 @@ struct Ternary {
           }
       }
     }
-    write(e, first, count, pairs, [&](i64 c, i64 r) { return total[c * kTernaryRows + r]; });
+    write(e, first, count, pairs, [&](i64 c, i64 r, float* sum) {
+      for (i64 l = 0; l < 16; ++l) std::memcpy(sum + 16 * l, total + (c + l) * kTernaryRows + r, 64);
+    });
   }
 
-  template <class Sum>
-  void write(i64 e, i64 first, i64 count, const i32* pairs, Sum&& sum) const {
+  // out = sum · (S · scale) of n rows for one choice.
+  void write_row(const float* sum, const float* scales, i64 n, i32 pair, i64 row) const {
+    const f32v unit = set1(a.int8 ? scratch<float>(at.unit)[pair / a.K] : 1);
+    T* to = out(pair, row);
+    for_lanes(
+        n, [&](i64 r) { store(to + r, load(sum + r) * (unit * load(scales + r))); },
+        [&](i64 r, int left) { store(to + r, load(sum + r, left) * (unit * load(scales + r, left)), left); });
+  }
+
+  // sums(c0, r0, sum): 16 rows from r0 of 16 choices from c0, as sum[16·choice + row].
+  template <class Sums>
+  void write(i64 e, i64 first, i64 count, const i32* pairs, Sums&& sums) const {
     const i64 row = first * kTileRows, rows = w.R - row < kTernaryRows ? w.R - row : kTernaryRows;
-    float scales[kTernaryRows];
-    for (i64 r = 0; r < rows; ++r) scales[r] = scale(e, row + r);
-    for (i64 c = 0; c < count; ++c) {
-      const float unit = a.int8 ? scratch<float>(at.unit)[pairs[c] / a.K] : 1;
-      T* to = out(pairs[c], row);
-      for (i64 r = 0; r < rows; ++r) from_f32(sum(c, r) * (unit * scales[r]), to[r]);
+    float scales[16], sum[16 * 16];
+    for (i64 r = 0; r < rows; r += 16) {
+      const i64 n = rows - r < 16 ? rows - r : 16;
+      for (i64 i = 0; i < n; ++i) scales[i] = scale(e, row + r + i);
+      for (i64 c = 0; c < count; c += 16) {
+        sums(c, r, sum);
+        for (i64 l = 0; l < 16 && c + l < count; ++l) write_row(sum + 16 * l, scales, n, pairs[c + l], row + r);
+      }
     }
   }
 

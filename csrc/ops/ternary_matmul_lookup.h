@@ -24,12 +24,19 @@ struct RowSums {
   alignas(64) float exact[kTileRows][kSumLanes];
   alignas(64) std::int32_t whole[kTileRows][kSumLanes];
 
-  void clear() { std::memset(this, 0, sizeof *this); }
-  float exact_of(int row) const { return reduce_add(load(exact[row])); }
-  float whole_of(int row) const {
-    std::int32_t sum = 0;
-    for (const std::int32_t lane : whole[row]) sum += lane;
-    return static_cast<float>(sum);
+  void clear(bool int8) { int8 ? std::memset(whole, 0, sizeof whole) : std::memset(exact, 0, sizeof exact); }
+
+  // One sum per row.
+  void add_up(bool int8, float* to) const {
+    for (int r = 0; !int8 && r < kTileRows; r += 4) {
+      const f32v four[4] = {load(exact[r]), load(exact[r + 1]), load(exact[r + 2]), load(exact[r + 3])};
+      reduce_add4(four, to + r);
+    }
+    for (int r = 0; int8 && r < kTileRows; ++r) {
+      std::int32_t sum = 0;
+      for (const std::int32_t lane : whole[r]) sum += lane;
+      to[r] = static_cast<float>(sum);
+    }
   }
 };
 
