@@ -1,6 +1,6 @@
 // i32v: one vector register of i32, and sums of products of four bytes, u8 × s8, exact for u8 up to 4.
 #pragma once
-#include "core/cpu/dot_in_place.h"
+#include "core/cpu/simd.h"
 
 namespace effvlm::EFFVLM_ISA {
 
@@ -14,16 +14,10 @@ inline i32v load_i32(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store_i32(std::int32_t* p, i32v x) { _mm512_storeu_si512(p, x.v); }
 inline i32v load_bytes(const std::int8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline i32v operator+(i32v a, i32v b) { return {_mm512_add_epi32(a.v, b.v)}; }
-inline i32v operator-(i32v a, i32v b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline i32v operator*(i32v a, i32v b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
-inline f32v to_f32v(i32v a) { return {_mm512_cvtepi32_ps(a.v)}; }
 // Lane l: sum + Σ_j u[j]·s[4·l + j], with the four bytes u of every lane.
 inline i32v dot4(i32v sum, i32v u, i32v s) {
-#if defined(__AVX512VNNI__)
-  return {dot_bytes(sum.v, u.v, s.v)};
-#else
   return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(_mm512_maddubs_epi16(u.v, s.v), _mm512_set1_epi16(1)))};
-#endif
 }
 #elif defined(__AVX2__)
 struct i32v {
@@ -35,9 +29,7 @@ inline i32v load_i32(const std::int32_t* p) { return {_mm256_loadu_si256(reinter
 inline void store_i32(std::int32_t* p, i32v x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.v); }
 inline i32v load_bytes(const std::int8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 inline i32v operator+(i32v a, i32v b) { return {_mm256_add_epi32(a.v, b.v)}; }
-inline i32v operator-(i32v a, i32v b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 inline i32v operator*(i32v a, i32v b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
-inline f32v to_f32v(i32v a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline i32v dot4(i32v sum, i32v u, i32v s) {
   return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(_mm256_maddubs_epi16(u.v, s.v), _mm256_set1_epi16(1)))};
 }
@@ -60,11 +52,7 @@ inline i32v load_bytes(const std::int8_t* p) {
   return x;
 }
 inline i32v operator+(i32v a, i32v b) { return {a.v + b.v}; }
-inline i32v operator-(i32v a, i32v b) { return {a.v - b.v}; }
 inline i32v operator*(i32v a, i32v b) { return {a.v * b.v}; }
-inline f32v to_f32v(i32v a) {
-  return {f32x4{static_cast<float>(a.v[0]), static_cast<float>(a.v[1]), static_cast<float>(a.v[2]), static_cast<float>(a.v[3])}};
-}
 inline i32v dot4(i32v sum, i32v u, i32v s) {
   std::uint8_t a[16];
   std::int8_t b[16];
