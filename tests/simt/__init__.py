@@ -122,7 +122,7 @@ def load() -> Emulated:
     ops = ROOT / "csrc/ops"
     cuda = sorted(p for p in ops.glob("*_cuda.cu"))
     core = ("check", "gap_planes_pack", "gap_planes_validate", "cpu/isa", "cpu/parallel")
-    host = [ROOT / "csrc/bindings.cpp", *(ROOT / f"csrc/core/{name}.cpp" for name in core)]
+    host = [*sorted((ROOT / "csrc").glob("bindings*.cpp")), *(ROOT / f"csrc/core/{name}.cpp" for name in core)]
     cpu = sorted(ops.glob("*_cpu.cpp"))
     os.environ.setdefault("EFFVLM_SIMT_FLAGS", "-O1")
     module = build(cuda, host, "_core", scalar=cpu)

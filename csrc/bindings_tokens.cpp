@@ -1,0 +1,49 @@
+// The bindings of the token ops.
+#include "bindings.h"
+#include "ops/token_match.h"
+#include "ops/token_merge.h"
+
+namespace effvlm {
+namespace {
+
+std::int64_t match_workspace(const Raw& x_raw, std::int64_t, bool, const Place& place) {
+  const View x = view(x_raw);
+#if EFFVLM_WITH_CUDA
+  if (kEmulated || std::get<0>(place) >= 0) return token_match_workspace_cuda(x.shape[0], x.shape[1], x.shape[2], x.dtype);
+#endif
+  return token_match_workspace_cpu(x.shape[0], x.shape[1], x.shape[2], x.dtype, x.stride[2] != 1, std::get<2>(place));
+}
+
+void match(const Raw& x_raw, std::int64_t r, bool cosine, const Raw& score, const Raw& partner, const Raw& group,
+           const Raw& workspace, const Place& place) {
+  const View x = view(x_raw);
+  run(TokenMatchArgs{x.shape[0], x.shape[1], x.shape[2], r, cosine, x.dtype, x.data, x.stride[0], x.stride[1], x.stride[2],
+                     view(score).as<float>(), view(partner).as<std::int32_t>(), view(group).as<std::int32_t>(),
+                     view(workspace).data, view(workspace).shape[0], std::get<2>(place)},
+      place, token_match_cpu, EFFVLM_CUDA_FORM(token_match));
+}
+
+std::int64_t merge_workspace(const Raw& x_raw, const Raw&, std::int64_t M, const Optional&, const Place&) {
+  const View x = view(x_raw);
+  return token_merge_workspace(x.shape[0], x.shape[1], M);
+}
+
+void merge(const Raw& x_raw, const Raw& group_raw, std::int64_t M, const Optional& weight_raw, const Raw& out,
+           const Raw& out_weight, const Raw& workspace, const Place& place) {
+  const View x = view(x_raw), group = view(group_raw), weight = view(weight_raw);
+  run(TokenMergeArgs{x.shape[0], x.shape[1], M, x.shape[2], x.dtype, x.data, x.stride[0], x.stride[1], x.stride[2],
+                     group.as<std::int32_t>(), group.stride[0], group.stride[1], weight.as<float>(), weight.stride[0],
+                     weight.stride[1], view(out).data, view(out_weight).as<float>(), view(workspace).data, std::get<2>(place)},
+      place, token_merge_cpu, EFFVLM_CUDA_FORM(token_merge));
+}
+
+}  // namespace
+
+void bind_tokens(py::module_& m) {
+  m.def("token_match_workspace", &match_workspace);
+  m.def("token_match", &match);
+  m.def("token_merge_workspace", &merge_workspace);
+  m.def("token_merge", &merge);
+}
+
+}  // namespace effvlm
