@@ -1,10 +1,22 @@
 // The bindings of the token ops.
 #include "bindings.h"
+#include "ops/token_apply.h"
 #include "ops/token_match.h"
 #include "ops/token_merge.h"
 
 namespace effvlm {
 namespace {
+
+std::int64_t apply_workspace(const Raw&, const Raw&, const Raw&, const Optional&, bool, const Place&) { return 0; }
+
+void apply(const Raw& x_raw, const Raw& start_raw, const Raw& source_raw, const Optional& weight_raw, bool mean,
+           const Raw& out_raw, const Raw&, const Place& place) {
+  const View x = view(x_raw), start = view(start_raw), source = view(source_raw), weight = view(weight_raw), out = view(out_raw);
+  run(TokenApplyArgs{x.shape[0], out.shape[0], x.shape[1], source.shape[0], mean, x.dtype, x.data, x.stride[0], x.stride[1],
+                     start.as<std::int32_t>(), start.stride[0], source.as<std::int32_t>(), source.stride[0], weight.as<float>(),
+                     weight.stride[0], out.data, std::get<2>(place)},
+      place, token_apply_cpu, EFFVLM_CUDA_FORM(token_apply));
+}
 
 std::int64_t match_workspace(const Raw& x_raw, std::int64_t, bool, const Place& place) {
   const View x = view(x_raw);
@@ -40,6 +52,8 @@ void merge(const Raw& x_raw, const Raw& group_raw, std::int64_t M, const Optiona
 }  // namespace
 
 void bind_tokens(py::module_& m) {
+  m.def("token_apply_workspace", &apply_workspace);
+  m.def("token_apply", &apply);
   m.def("token_match_workspace", &match_workspace);
   m.def("token_match", &match);
   m.def("token_merge_workspace", &merge_workspace);

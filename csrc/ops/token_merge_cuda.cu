@@ -1,6 +1,6 @@
-#include "core/cuda/launch.cuh"
 #include "core/dispatch.h"
 #include "ops/token_merge.h"
+#include "ops/token_merge_rows.cuh"
 
 namespace effvlm {
 namespace {
@@ -42,67 +42,50 @@ __global__ void __launch_bounds__(kThreads) token_merge_runs_kernel(TokenMergeAr
   }
 }
 
-__device__ __forceinline__ float weight_of(const TokenMergeArgs& a, i64 b, i64 n) {
-  return a.weight ? a.weight[b * a.weight_stride_b + n * a.weight_stride_n] : 1.0f;
-}
+template <class T>
+struct Group {
+  std::int32_t count;
+  float divisor;
+  bool copy;
+  const i32* members;
+  const T* x;
+  i64 stride_n;
+  const float* weights;
+  i64 weight_stride;
 
-// Block ↔ one output row (b, m) at a time; thread ↔ every blockDim-th pack of P channels. P = 1 serves any stride and alignment.
+  __device__ __forceinline__ const T* token(i32 k) const { return x + members[k] * stride_n; }
+  __device__ __forceinline__ float weight(i32 k) const { return weights ? weights[members[k] * weight_stride] : 1.0f; }
+};
+
+// Block ↔ one output row (b, m) at a time.
 template <class T, int P>
-__global__ void __launch_bounds__(kThreads) token_merge_rows_kernel(TokenMergeArgs a) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks) token_merge_rows_kernel(TokenMergeArgs a) {
   const unsigned M = static_cast<unsigned>(a.M);  // fits, since groups are int32; 64-bit divisions would spill
   unsigned m = blockIdx.x % M;
   for (i64 b = blockIdx.x / M; b < a.B; m += gridDim.x % M, b += gridDim.x / M + (m >= M), m -= m >= M ? M : 0) {
     const i64 row = b * M + m;
-    const i32 *member = orders(a, b) + starts(a, b)[m], *end = orders(a, b) + starts(a, b)[m + 1];
-    const T* x = static_cast<const T*>(a.x) + b * a.x_stride_b;
-    T* out = static_cast<T*>(a.out) + row * a.C;
-    float total = 0;
-    for (const i32* n = member; n < end; ++n) total += weight_of(a, b, *n);
-    if (threadIdx.x == 0) a.out_weight[row] = total;
-    const bool copy = end - member == 1 && total != 0;  // not w·x/w: bit for bit
-    for (i64 c = static_cast<i64>(threadIdx.x) * P; c < a.C; c += static_cast<i64>(blockDim.x) * P) {
-      float sum[P] = {};
-      T first[P] = {};
-      for (const i32* n = member; n < end; ++n) {
-        const float w = weight_of(a, b, *n);
-        if constexpr (P == 1) {
-          first[0] = x[*n * a.x_stride_n + c * a.x_stride_c];
-        } else {
-          const Pack<T> pack = load_pack(x + *n * a.x_stride_n + c);
-          for (int k = 0; k < P; ++k) first[k] = pack.element[k];
-        }
-        for (int k = 0; k < P; ++k) sum[k] += w * to_float(first[k]);
-      }
-      Pack<T> mean;
-      for (int k = 0; k < P; ++k) mean.element[k] = copy ? first[k] : from_float<T>(total == 0 ? 0.0f : sum[k] / total);
-      if constexpr (P == 1) {
-        out[c] = mean.element[0];
-      } else {
-        store_pack(out + c, mean);
-      }
-    }
+    const i32 *start = starts(a, b) + m, *members = orders(a, b) + start[0];
+    Group<T> group{start[1] - start[0],
+                   0,
+                   false,
+                   members,
+                   static_cast<const T*>(a.x) + b * a.x_stride_b,
+                   a.x_stride_n,
+                   a.weight ? a.weight + b * a.weight_stride_b : nullptr,
+                   a.weight_stride_n};
+    for (i32 k = 0; k < group.count; ++k) group.divisor += group.weight(k);
+    group.copy = group.count == 1 && group.divisor != 0;
+    if (threadIdx.x == 0) a.out_weight[row] = group.divisor;
+    write_row<P>(group, a.C, a.x_stride_c, static_cast<T*>(a.out) + row * a.C);
   }
-}
-
-template <class T>
-bool packable(const TokenMergeArgs& a) {
-  constexpr int P = Pack<T>::size;
-  const auto aligned = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; };
-  return (a.x_stride_c == 1 || a.C == 1) && a.C % P == 0 && a.x_stride_n % P == 0 && a.x_stride_b % P == 0 && aligned(a.x) &&
-         aligned(a.out);
 }
 
 template <class T>
 void merge_rows(const TokenMergeArgs& a, void* stream) {
-  const bool packs = packable<T>(a);
-  const i64 lanes = packs ? a.C / Pack<T>::size : a.C;
-  const unsigned threads = lanes >= kThreads ? kThreads : static_cast<unsigned>((lanes + kWarp - 1) / kWarp * kWarp);
-  const dim3 grid(grid_for(a.B * a.M)), block(threads ? threads : kWarp);
-  if (packs) {
-    launch("token_merge_rows_kernel", token_merge_rows_kernel<T, Pack<T>::size>, grid, block, stream, a);
-  } else {
-    launch("token_merge_rows_kernel", token_merge_rows_kernel<T, 1>, grid, block, stream, a);
-  }
+  by_pack<T>(a.C, a.x, a.x_stride_b, a.x_stride_n, a.x_stride_c, a.out, [&](auto pack, unsigned threads) {
+    launch("token_merge_rows_kernel", token_merge_rows_kernel<T, decltype(pack)::value>, dim3(grid_for(a.B * a.M)), dim3(threads),
+           stream, a);
+  });
 }
 
 }  // namespace
