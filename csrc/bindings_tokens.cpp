@@ -1,8 +1,12 @@
 // The bindings of the token ops.
+#include <algorithm>
+#include <array>
+
 #include "bindings.h"
 #include "ops/token_apply.h"
 #include "ops/token_match.h"
 #include "ops/token_merge.h"
+#include "ops/token_select.h"
 
 namespace effvlm {
 namespace {
@@ -49,6 +53,26 @@ void merge(const Raw& x_raw, const Raw& group_raw, std::int64_t M, const Optiona
       place, token_merge_cpu, EFFVLM_CUDA_FORM(token_merge));
 }
 
+SelectRule select_rule(const std::string& name) {
+  constexpr std::array<const char*, 4> kRules = {"top", "above", "iqr", "top_p"};
+  const auto found = std::find(kRules.begin(), kRules.end(), name);
+  EFFVLM_CHECK(found != kRules.end(), "token_select: unknown rule '%s'", name.c_str());
+  return static_cast<SelectRule>(found - kRules.begin());
+}
+
+std::int64_t select_workspace(const Raw& score, const Raw&, const Raw&, const std::string& rule, const Place&) {
+  return SelectLayout(view(score).shape[0], select_rule(rule)).bytes;
+}
+
+void select(const Raw& score_raw, const Raw& start_raw, const Raw& limit_raw, const std::string& rule, const Raw& kept,
+            const Raw& count, const Raw& workspace, const Place& place) {
+  const View score = view(score_raw), start = view(start_raw), limit = view(limit_raw);
+  run(TokenSelectArgs{score.shape[0], limit.shape[0], select_rule(rule), score.as<float>(), score.stride[0],
+                      start.as<std::int32_t>(), start.stride[0], limit.as<float>(), limit.stride[0], view(kept).as<bool>(),
+                      view(count).as<std::int32_t>(), view(workspace).data, std::get<2>(place)},
+      place, token_select_cpu, EFFVLM_CUDA_FORM(token_select));
+}
+
 }  // namespace
 
 void bind_tokens(py::module_& m) {
@@ -58,6 +82,8 @@ void bind_tokens(py::module_& m) {
   m.def("token_match", &match);
   m.def("token_merge_workspace", &merge_workspace);
   m.def("token_merge", &merge);
+  m.def("token_select_workspace", &select_workspace);
+  m.def("token_select", &select);
 }
 
 }  // namespace effvlm

@@ -12,6 +12,7 @@ from effvlm.ops import (
     TernaryWeight,
     TokenMatch,
     TokenMerge,
+    TokenSelect,
     grouped_linear,
     moe_ffn,
     moe_route,
@@ -21,6 +22,7 @@ from effvlm.ops import (
     token_apply,
     token_match,
     token_merge,
+    token_select,
 )
 from effvlm.quant import TernaryRecipe
 
@@ -33,6 +35,7 @@ __all__ = [
     "TernaryWeight",
     "TokenMatch",
     "TokenMerge",
+    "TokenSelect",
     "__version__",
     "compress",
     "demo",
@@ -52,5 +55,6 @@ __all__ = [
     "token_apply",
     "token_match",
     "token_merge",
+    "token_select",
     "tokens",
 ]

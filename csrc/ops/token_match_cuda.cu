@@ -2,6 +2,8 @@
 #include "core/cuda/mma.cuh"
 #include "core/dispatch.h"
 #include "ops/token_match.h"
+#include "ops/token_select_cut.h"
+#include "ops/token_select_radix.cuh"
 
 namespace effvlm {
 namespace {
@@ -204,43 +206,11 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__device__ __forceinline__ std::uint32_t sort_key(float x) {  // unsigned order of keys = order of floats
-  std::uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
-// The r-th largest key of `score`, and how many keys equal to it are among the r largest: radix select, a byte at a time.
-__device__ __forceinline__ std::uint32_t kth_key(const float* score, i32 S, i32 r, i32* count, i32& equal) {
-  __shared__ i32 chosen[2];
-  std::uint32_t prefix = 0;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    if (threadIdx.x < 256) count[threadIdx.x] = 0;
-    __syncthreads();  // counters are zero
-    for (i32 i = threadIdx.x; i < S; i += blockDim.x) {
-      const std::uint32_t key = sort_key(score[i]);
-      if (shift == 24 || (key ^ prefix) >> (shift + 8) == 0) add_shared(&count[key >> shift & 255], 1);
-    }
-    __syncthreads();  // counters are complete
-    if (threadIdx.x == 0) {
-      int digit = 255;
-      i32 left = r;
-      for (; left > count[digit]; --digit) left -= count[digit];
-      chosen[0] = digit, chosen[1] = left;
-    }
-    __syncthreads();  // the digit is chosen
-    prefix |= static_cast<std::uint32_t>(chosen[0]) << shift;
-    r = chosen[1];
-    __syncthreads();  // everyone has read it
-  }
-  equal = r;
-  return prefix;
-}
-
 // Block ↔ batch entry: settle the splits, find the r best sources, number the groups. Each thread owns a contiguous run of
 // places, so that prefix sums over threads are in order of places.
 __global__ void __launch_bounds__(kSelectThreads) token_match_select_kernel(TokenMatchArgs a, int splits) {
-  __shared__ i32 count[256], scratch[kWarp];
+  __shared__ RadixScratch<i32> radix;
+  i32* scratch = radix.warp_sum;
   const i32 S = static_cast<i32>((a.N + 1) / 2), r = static_cast<i32>(a.r);  // positions are int32: the host has checked N
   for (i64 b = blockIdx.x; b < a.B; b += gridDim.x) {
     float* score = a.score + b * S;
@@ -253,15 +223,17 @@ __global__ void __launch_bounds__(kSelectThreads) token_match_select_kernel(Toke
     }
     __syncthreads();  // scores of the whole entry are written (and visible to its block)
     i32 equal = 0;
-    const std::uint32_t least = r ? kth_key(score, S, r, count, equal) : 0;
+    const auto key_at = [&](i32 i) { return key_of(score[i]); };
+    const auto one = [](std::uint32_t) { return 1; };
+    const std::uint32_t least = r ? select_key(S, key_at, one, r, radix, equal) : 0;
     const i32 per_thread = (S + kSelectThreads - 1) / kSelectThreads, first = min(S, static_cast<i32>(threadIdx.x) * per_thread);
     const i32 last = min(S, first + per_thread);
     int ties = 0, total;
-    for (i32 i = first; i < last; ++i) ties += r && sort_key(score[i]) == least;
+    for (i32 i = first; i < last; ++i) ties += r && key_at(i) == least;
     i32 tie = block_exclusive_sum(ties, scratch, total);
     int anchors = 0;
     for (i32 i = first; i < last; ++i) {
-      const std::uint32_t key = sort_key(score[i]);
+      const std::uint32_t key = key_at(i);
       const bool merged = r && (key > least || (key == least && tie++ < equal));
       group[2 * i] = merged ? -1 : 0;
       anchors += !merged + (2 * i + 1 < a.N);

@@ -9,12 +9,14 @@ from effvlm.ops.ternary_weight import TernaryWeight, ternary_pack
 from effvlm.ops.token_apply import token_apply
 from effvlm.ops.token_match import TokenMatch, token_match
 from effvlm.ops.token_merge import TokenMerge, token_merge
+from effvlm.ops.token_select import TokenSelect, token_select
 
 __all__ = [
     "MoeRoute",
     "TernaryWeight",
     "TokenMatch",
     "TokenMerge",
+    "TokenSelect",
     "grouped_linear",
     "moe_ffn",
     "moe_route",
@@ -24,4 +26,5 @@ __all__ = [
     "token_apply",
     "token_match",
     "token_merge",
+    "token_select",
 ]

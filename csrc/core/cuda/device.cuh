@@ -106,6 +106,22 @@ __device__ __forceinline__ int warp_inclusive_sum(int x) {
   }
   return x;
 }
+__device__ __forceinline__ std::int64_t warp_inclusive_sum(std::int64_t x) {
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+    const std::int64_t before = shuffle_up(x, lanes);
+    if (static_cast<int>(threadIdx.x % kWarp) >= lanes) x += before;
+  }
+  return x;
+}
+
+// a·b rounded by itself, not fused with an addition.
+__device__ __forceinline__ double rounded_product(double a, double b) {
+#if defined(EFFVLM_SIMT)
+  return a * b;
+#else
+  return __dmul_rn(a, b);
+#endif
+}
 
 // ---- bits and bytes of a word ----
 __device__ __forceinline__ int popcount(std::uint32_t x) {
@@ -143,23 +159,27 @@ __device__ __forceinline__ int add_byte(std::uint32_t word, int i, int sum) {
 }
 
 // Sum of x over the threads before this one, in order of threadIdx.x, and the sum of all in `total`. For 1-D blocks of whole
-// warps, at most 32 of them; scratch: 32 ints in shared memory, free again on return.
-__device__ __forceinline__ int block_exclusive_sum(int x, int* scratch, int& total) {
+// warps, at most 32 of them; scratch: 32 numbers in shared memory, free again on return. T: int or int64.
+template <class T, class X>
+__device__ __forceinline__ T block_exclusive_sum(X x, T* scratch, T& total) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int sum = warp_inclusive_sum(x);
+  const T sum = warp_inclusive_sum(static_cast<T>(x));
   if (lane == kWarp - 1) scratch[warp] = sum;
   __syncthreads();  // every warp's sum is in scratch
-  int offset = 0;
+  T offset = 0;
   total = 0;
   for (int w = 0; w < warps; ++w) {
     if (w < warp) offset += scratch[w];
     total += scratch[w];
   }
   __syncthreads();  // everyone has read scratch before it is used again
-  return offset + sum - x;
+  return offset + sum - static_cast<T>(x);
 }
 
 // Returns what was there before.
 __device__ __forceinline__ int add_shared(int* counter, int value) { return atomicAdd(counter, value); }
+__device__ __forceinline__ void add_shared(std::int64_t* counter, std::int64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(counter), static_cast<unsigned long long>(value));
+}
 
 }  // namespace effvlm
