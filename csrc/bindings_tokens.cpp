@@ -7,6 +7,7 @@
 #include "ops/token_match.h"
 #include "ops/token_merge.h"
 #include "ops/token_select.h"
+#include "ops/token_similarity.h"
 
 namespace effvlm {
 namespace {
@@ -73,6 +74,15 @@ void select(const Raw& score_raw, const Raw& start_raw, const Raw& limit_raw, co
       place, token_select_cpu, EFFVLM_CUDA_FORM(token_select));
 }
 
+std::int64_t similarity_workspace(const Raw&, const Raw&, const Place&) { return 0; }
+
+void similarity(const Raw& a_raw, const Raw& b_raw, const Raw& out, const Raw&, const Place& place) {
+  const View a = view(a_raw), b = view(b_raw);
+  run(TokenSimilarityArgs{a.shape[0], a.shape[1], a.dtype, a.data, a.stride[0], a.stride[1], b.data, b.stride[0], b.stride[1],
+                          view(out).as<float>(), std::get<2>(place)},
+      place, token_similarity_cpu, EFFVLM_CUDA_FORM(token_similarity));
+}
+
 }  // namespace
 
 void bind_tokens(py::module_& m) {
@@ -84,6 +94,8 @@ void bind_tokens(py::module_& m) {
   m.def("token_merge", &merge);
   m.def("token_select_workspace", &select_workspace);
   m.def("token_select", &select);
+  m.def("token_similarity_workspace", &similarity_workspace);
+  m.def("token_similarity", &similarity);
 }
 
 }  // namespace effvlm

@@ -23,6 +23,7 @@ from effvlm.ops import (
     token_match,
     token_merge,
     token_select,
+    token_similarity,
 )
 from effvlm.quant import TernaryRecipe
 
@@ -56,5 +57,6 @@ __all__ = [
     "token_match",
     "token_merge",
     "token_select",
+    "token_similarity",
     "tokens",
 ]

@@ -10,6 +10,7 @@ from effvlm.ops.token_apply import token_apply
 from effvlm.ops.token_match import TokenMatch, token_match
 from effvlm.ops.token_merge import TokenMerge, token_merge
 from effvlm.ops.token_select import TokenSelect, token_select
+from effvlm.ops.token_similarity import token_similarity
 
 __all__ = [
     "MoeRoute",
@@ -27,4 +28,5 @@ __all__ = [
     "token_match",
     "token_merge",
     "token_select",
+    "token_similarity",
 ]
