@@ -36,7 +36,7 @@ def test_views_of_one_storage_give_what_copies_give(level: str) -> None:
 def test_a_row_of_all_rows(level: str) -> None:
     with at(level) as device:
         x = torch.randn(30, 48, device=device)
-        one = effvlm.token_similarity(x, x[3:4].expand(30, 48))
+        one = effvlm.token_similarity(x, x[3:4].clone().expand(30, 48))
         assert torch.equal(one, effvlm.token_similarity(x, x[3:4].repeat(30, 1)))
         assert one[3] == 1
 
