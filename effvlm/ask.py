@@ -13,7 +13,7 @@ from rich.console import Console
 
 from effvlm import demo
 from effvlm.hf import reduce
-from effvlm.tokens import ToMe
+from effvlm.tokens import Method
 
 
 def open_image(path: Path) -> Image.Image:
@@ -53,7 +53,8 @@ def load_model(name: str | None) -> tuple[Any, Any]:
         raise ValueError(f"expected an image-text-to-text model that transformers can load, got {name!r}: {first}") from error
 
 
-def _inputs(processor: Any, picture: Image.Image, prompt: str) -> Any:
+def inputs_of(processor: Any, picture: Image.Image, prompt: str) -> Any:
+    """A processor's inputs for one picture and one question, by its chat template where it has one."""
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -62,23 +63,35 @@ def _inputs(processor: Any, picture: Image.Image, prompt: str) -> Any:
     return processor(images=[picture], text=[prompt], return_tensors="pt")
 
 
-def answer(notes: Console, *, image: Path, prompt: str, model: str | None, keep: float, max_new_tokens: int) -> dict[str, Any]:
+def answer(
+    notes: Console,
+    *,
+    image: Path,
+    prompt: str,
+    model: str | None,
+    method: Method | None,
+    max_new_tokens: int,
+    trace: Path | None = None,
+) -> dict[str, Any]:
     """The answer with what it took: ``answer``, ``visual_tokens_in``, ``visual_tokens_out``, ``seconds`` of ``generate``."""
-    method, picture = ToMe(keep=keep), open_image(image)
+    picture = open_image(image)
+    if trace is not None and method is None:
+        raise ValueError("run: expected --keep below 1 or a --recipe together with --trace, which draws what became of the tokens")
     with notes.status("loading the model"):
         vlm, processor = load_model(model)
-    reducer = reduce(vlm, method) if keep < 1 else None  # whole, any model will do
-    inputs = _inputs(processor, picture, prompt).to(vlm.device, vlm.dtype)  # the dtype for what is floating-point
+    reducer = reduce(vlm, method) if method else None  # whole, any model will do
+    inputs = inputs_of(processor, picture, prompt).to(vlm.device, vlm.dtype)  # the dtype for what is floating-point
     with notes.status("looking"), torch.no_grad(), reducer or nullcontext():
         start = time.perf_counter()
         out = vlm.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         seconds = time.perf_counter() - start
+    if trace is not None and reducer is not None:
+        reducer.trace(picture).save(trace)
     text = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
     tokens = int((inputs["input_ids"] == getattr(vlm.config, "image_token_id", -1)).sum())
     return {
         "answer": text,
         "visual_tokens_in": tokens,
-        "visual_tokens_out": reducer.tokens_out if reducer else tokens,
+        "visual_tokens_out": reducer.report.tokens_out if reducer else tokens,
         "seconds": seconds,
-        "keep": keep,
     }

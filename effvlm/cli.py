@@ -1,4 +1,4 @@
-"""The shell: ``effvlm demo | run | compress | info``. People's side of things; what is computed is decided elsewhere."""
+"""The shell: ``effvlm demo | run | evaluate | compress | info``. People's side of things; what is computed is decided elsewhere."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ notes = Console(stderr=True)  # standard output belongs to results
 _options = {"debug": False}
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
+
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file with a recipe of several methods or steps.")]
 
 
 def _version(show: bool) -> None:
@@ -75,15 +77,20 @@ def run(
         str | None, typer.Option(help="Folder or hub id of an image-text-to-text model; default: the demo VLM.")
     ] = None,
     keep: Annotated[float, typer.Option(help="Share of the visual tokens to keep, in (0, 1].")] = 1.0,
+    method: Annotated[str, typer.Option(help="How: a method of effvlm.tokens.")] = "ToMe",
+    recipe: RecipeFile = None,
+    trace: Annotated[Path | None, typer.Option(help="Save a picture of what became of each patch here.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
     as_json: JsonFlag = False,
 ) -> None:
     """Answer one question about a picture of yours."""
-    from effvlm import ask
+    from effvlm import ask, evaluation
+    from effvlm.tokens import Recipe
 
     if model is None:
         _quiet()
-    result = ask.answer(notes, image=image, prompt=prompt, model=model, keep=keep, max_new_tokens=max_new_tokens)
+    how = Recipe.from_yaml(recipe) if recipe else evaluation.method_named(method, keep) if keep != 1 else None
+    result = ask.answer(notes, image=image, prompt=prompt, model=model, method=how, max_new_tokens=max_new_tokens, trace=trace)
     if as_json:
         print(json.dumps(result))
     else:
@@ -91,6 +98,36 @@ def run(
         notes.print(
             f"[dim]{result['visual_tokens_in']} → {result['visual_tokens_out']} visual tokens, {result['seconds']:.2f} s[/]"
         )
+
+
+@app.command()
+def evaluate(
+    method: Annotated[list[str] | None, typer.Option(help="A method of effvlm.tokens; may be given several times.")] = None,
+    keep: Annotated[float, typer.Option(help="Share of the visual tokens that methods and controls keep, in (0, 1].")] = 0.25,
+    recipe: RecipeFile = None,
+    controls: Annotated[bool, typer.Option(help="Also random, evenly spaced and pooled tokens of the same budget.")] = True,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id of an image-text-to-text model; default: the demo VLM.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help='Questions for --model: lines of {"image": path, "question": …, "answer": …}.')
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=8, help="Held-out questions, for the demo VLM.")] = 400,
+    seed: Annotated[int, typer.Option(help="Which held-out questions.")] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Test methods against the unmodified model and against controls, on the same questions, pair by pair."""
+    from effvlm import evaluation
+
+    if model is None:
+        _quiet()
+    outcomes = evaluation.run(
+        notes, methods=method or [], keep=keep, recipe=recipe, controls=controls, model=model, data=data, n=n, seed=seed
+    )
+    if as_json:
+        print(json.dumps([o.to_dict() for o in outcomes]))
+    else:
+        evaluation.print_table(Console(), outcomes)
 
 
 @app.command()

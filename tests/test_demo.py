@@ -159,7 +159,7 @@ def test_reduction_costs_little_and_less_than_a_blind_choice(loaded: tuple[Any, 
     for method in (ToMe(keep=0.5), Stride(keep=0.25), ToMe(keep=0.25)):
         with effvlm.reduce(model, method) as reducer:
             right[method] = demo.evaluate(model, 160, processor=processor)["accuracy"]
-        assert reducer.tokens_out == method.keep * reducer.tokens_in
+        assert reducer.report.tokens_out == method.keep * reducer.report.tokens_in
     assert right[ToMe(keep=0.5)] > 0.8
     assert right[ToMe(keep=0.25)] > right[Stride(keep=0.25)] - 0.05
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())

@@ -60,6 +60,10 @@ def generate(model: Any, inputs: dict[str, torch.Tensor], **options: Any) -> tor
         return model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, **{"do_sample": False, **options})
 
 
+def _counts(reducer: Any) -> tuple[int, int, int]:
+    return reducer.report.images, reducer.report.tokens_in, reducer.report.tokens_out
+
+
 def test_keeping_all_is_bit_identical(model: Any) -> None:
     inputs = prompts(TWO)
     with torch.no_grad():
@@ -75,15 +79,15 @@ def test_equals_the_same_embeddings_by_hand(model: Any, method: Any) -> None:
     inputs = prompts(ONE)
     with torch.no_grad():
         features = model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output[0]
-        out = method(effvlm.tokens.Tokens.of(features[None]))
+        out = effvlm.tokens.apply(method, effvlm.tokens.Tokens.of([features]))
         embeds = model.get_input_embeddings()(inputs["input_ids"])[0]
-        by_hand = torch.cat([embeds[:1], out.x[0], embeds[1 + TOKENS :]])[None]
-        position = torch.cat([torch.tensor([0]), 1 + out.position[0], torch.arange(1 + TOKENS, embeds.shape[0])])[None]
+        by_hand = torch.cat([embeds[:1], out.x, embeds[1 + TOKENS :]])[None]
+        position = torch.cat([torch.tensor([0]), 1 + out.position, torch.arange(1 + TOKENS, embeds.shape[0])])[None]
         expected = model(inputs_embeds=by_hand, position_ids=position, attention_mask=torch.ones_like(position)).logits
         with effvlm.reduce(model, method) as reducer:
             got = model(**inputs).logits
     assert torch.allclose(got, expected, atol=1e-5)
-    assert (reducer.images, reducer.tokens_in, reducer.tokens_out) == (1, TOKENS, out.x.shape[1])
+    assert _counts(reducer) == (1, TOKENS, len(out))
 
 
 def test_positions_go_on_after_the_original_prompt(model: Any) -> None:
@@ -128,7 +132,7 @@ def test_several_and_no_images_in_a_row(model: Any) -> None:
         one = generate(model, prompts([rows[2]]) | {"pixel_values": inputs["pixel_values"][2:]})
     assert torch.equal(out[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
     assert torch.equal(out[2, -6:], one[0, -6:])
-    assert (reducer.images, reducer.tokens_in, reducer.tokens_out) == (4, 4 * TOKENS, 2 * TOKENS)
+    assert _counts(reducer) == (4, 4 * TOKENS, 2 * TOKENS)
 
 
 def test_generates_in_every_way(model: Any) -> None:
@@ -171,7 +175,7 @@ def test_the_explicit_form_needs_no_context(model: Any) -> None:
     reducer = effvlm.reduce(model, ToMe(keep=0.25))
     with reducer:
         expected = generate(model, inputs)[:, -6:]
-    assert torch.equal(generate(model, reducer.prepare(inputs))[:, -6:], expected)
+    assert torch.equal(generate(model, reducer(inputs))[:, -6:], expected)
     assert "pixel_values" in inputs
 
 
@@ -196,5 +200,102 @@ def test_an_unknown_family_is_refused_by_name() -> None:
     llama = AutoModelForCausalLM.from_config(
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
-    with pytest.raises(ValueError, match="type llava, got 'llama'"):
+    with pytest.raises(ValueError, match="llava, .*, got 'llama'"):
         effvlm.reduce(llama, ToMe())
+    llama.config.model_type = "mllama"
+    with pytest.raises(ValueError, match="cross-attention states"):
+        effvlm.reduce(llama, ToMe())
+
+
+def _state_of_classes() -> str:
+    """Every attribute of every class and function table of the transformers modules that a reduced model uses."""
+    import sys
+
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    lines = []
+    for name, module in sorted(sys.modules.items()):
+        if name.startswith(("transformers.models.llava", "transformers.models.clip", "transformers.models.llama", "transformers.generation")):
+            for key, value in sorted(vars(module).items()):
+                if isinstance(value, type) and value.__module__ == name:
+                    lines += [f"{name}.{key}.{k}={id(v)}" for k, v in sorted(vars(value).items()) if k != "__abstractmethods__"]
+    for table in (AttentionInterface, AttentionMaskInterface):
+        lines += [f"{k}={id(v)}" for k, v in sorted(table._global_mapping.items()) if k != "effvlm"]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("method", [effvlm.tokens.VisionZip(keep=0.5), ToMe(keep=0.5, at="vision")], ids=["listening", "merging"])
+def test_nothing_of_transformers_changes(model: Any, method: Any) -> None:
+    inputs = prompts(TWO)
+    plain = generate(model, inputs)
+    before, implementation = _state_of_classes(), model.config.vision_config._attn_implementation
+    modules = [(n, set(vars(m))) for n, m in model.named_modules()]
+    with effvlm.reduce(model, method) as reducer:
+        generate(model, inputs)
+        assert _state_of_classes() == before
+    assert reducer.report.engaged
+    assert model.config.vision_config._attn_implementation == implementation
+    assert modules == [(n, set(vars(m))) for n, m in model.named_modules()]
+    assert torch.equal(generate(model, inputs), plain)
+
+
+def test_two_models_with_different_recipes_in_one_process(model: Any) -> None:
+    import copy
+
+    other, inputs = copy.deepcopy(model), prompts(TWO)
+    one, two = ToMe(keep=0.25), effvlm.tokens.VisionZip(keep=0.5)
+    with effvlm.reduce(model, one):
+        expected_one = generate(model, inputs)
+    with effvlm.reduce(other, two):
+        expected_two = generate(other, inputs)
+    with effvlm.reduce(model, one), effvlm.reduce(other, two) as second:
+        assert torch.equal(generate(model, inputs), expected_one)
+        assert torch.equal(generate(other, inputs), expected_two)
+        assert torch.equal(generate(model, inputs), expected_one)
+    assert _counts(second) == (2, 2 * TOKENS, TOKENS)
+
+
+def test_merging_in_the_tower_needs_layers_of_known_parts_and_plain_grids(model: Any) -> None:
+    import tiny_vlms
+
+    with pytest.raises(ValueError, match="use at='projector'"):
+        effvlm.reduce(tiny_vlms.make("gemma3"), ToMe(keep=0.5, at="vision"))
+    with pytest.raises(ValueError, match="which has 2, got 7"):
+        effvlm.reduce(model, effvlm.tokens.FoPru(keep=0.5, layer=7))
+    with pytest.raises(ValueError, match="no Attention"):
+        effvlm.reduce(model, effvlm.tokens.Recipe([ToMe(keep=0.5, at="vision"), effvlm.tokens.FoPru(keep=0.5)]))
+
+
+def test_generation_without_a_cache_is_refused(model: Any) -> None:
+    with effvlm.reduce(model, ToMe(keep=0.5)), pytest.raises(ValueError, match="use_cache=True"):
+        generate(model, prompts(ONE), use_cache=False)
+
+
+def test_trace_shows_what_became_of_each_patch(model: Any) -> None:
+    from PIL import Image
+
+    reducer, picture = effvlm.reduce(model, Stride(keep=0.25)), Image.new("RGB", (64, 64), (200, 200, 200))
+    with pytest.raises(RuntimeError, match="a call with images before"):
+        reducer.trace(picture)
+    with reducer:
+        generate(model, prompts(TWO))
+    drawn = reducer.trace(picture, index=1)
+    cell = drawn.width // 4
+    bright = [drawn.getpixel((x * cell + cell // 2, y * cell + cell // 2))[0] > 150 for y in range(4) for x in range(4)]
+    assert [i for i, b in enumerate(bright) if b] == [2, 6, 10, 14]
+    with pytest.raises(ValueError, match=r"image in 0 … 1"):
+        reducer.trace(picture, index=2)
+
+
+def test_beams_over_uneven_images_are_refused_where_they_would_be_wrong() -> None:
+    import tiny_vlms
+
+    model = tiny_vlms.make("gemma3")
+    uneven = effvlm.tokens.Step(effvlm.tokens.Select(effvlm.tokens.picks.Top(effvlm.tokens.scores.Chance(), effvlm.tokens.budgets.Above(0.6))))
+    inputs = tiny_vlms.batch("gemma3", model, 2)
+    with effvlm.reduce(model, uneven) as reducer:
+        generate(model, inputs)
+        first, second = reducer._encoder.traces["image"].plan.images[1:]
+        assert first != second - first
+        with pytest.raises(ValueError, match="the same number of tokens from each"):
+            generate(model, inputs, num_beams=2)

@@ -91,7 +91,7 @@ def evaluate(
         progress: called with the number of questions done after every batch.
 
     Returns:
-        ``accuracy`` in 0 … 1, ``right``, ``n``, ``seconds``, ``kinds`` (per kind: ``accuracy``, ``right``, ``n``).
+        ``accuracy`` in 0 … 1, ``right``, ``n``, ``seconds``, ``kinds`` (per kind: ``accuracy``, ``right``, ``n``), ``answers``.
     """
     if n < 1:
         raise ValueError(f"evaluate: expected n >= 1 questions, got {n}")
@@ -99,6 +99,7 @@ def evaluate(
     right: Counter[str] = Counter()
     asked: Counter[str] = Counter()
     batch: list[Sample] = []
+    answers: list[str] = []
     seconds = 0.0
     grey = Image.new("RGB", (SIZE, SIZE), (128, 128, 128))
     for first in range(0, n, batch_size):
@@ -108,6 +109,7 @@ def evaluate(
         start = time.perf_counter()
         given = answer(model, processor, [grey if blind else s.image for s in batch], [s.question for s in batch])
         seconds += time.perf_counter() - start
+        answers += given
         for sample, text in zip(batch, given, strict=True):
             asked[sample.kind] += 1
             right[sample.kind] += text == sample.answer
@@ -115,4 +117,4 @@ def evaluate(
             progress(first + len(batch))
     per_kind = {k: {"accuracy": right[k] / asked[k], "right": right[k], "n": asked[k]} for k in KINDS if asked[k]}
     total = sum(right.values())
-    return {"accuracy": total / n, "right": total, "n": n, "seconds": seconds, "kinds": per_kind}
+    return {"accuracy": total / n, "right": total, "n": n, "seconds": seconds, "kinds": per_kind, "answers": answers}

@@ -101,7 +101,7 @@ def _row(model: Any, processor: Any, row: dict[str, Any], context: Any, n: int, 
             result = evaluate(model, n, seed=seed, batch_size=BATCH, processor=processor, progress=step)
     row.update({k: result[k] for k in ("accuracy", "right", "n", "kinds")})
     row["ms_per_answer"] = 1e3 * result["seconds"] / n
-    row["visual_tokens"] = model.config.image_seq_length if reducer is None else reducer.tokens_out / reducer.images
+    row["visual_tokens"] = model.config.image_seq_length if reducer is None else reducer.report.tokens_out / reducer.report.images
 
 
 def _own_pictures(folder: Path | None) -> list[tuple[str, Image.Image]]:

@@ -2,41 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-Features = list[torch.Tensor]
+from effvlm.hf import layouts
 
 
 @dataclass(frozen=True)
 class Family:
-    """How to encode images and find their placeholders.
+    """What reducing visual tokens has to know of a family of models; the rest it finds in the model.
 
     Attributes:
-        encoder_arguments: keyword arguments of the model's forward that belong to the vision encoder.
-        encode: (model, encoder arguments) → the model's encoder output, whose ``pooler_output`` is one (N, C) tensor per image.
-        placeholder: (model) → id of the token that stands for one visual token in ``input_ids``.
+        layout: which patches are behind each token.
+        tower: attribute of the vision tower in ``model.base_model``.
+        merges: whether tokens may be merged inside the tower: what follows takes any number of them.
+        first_position: position id of the first token.
+        runs: whether an image's tokens are the placeholders in a row, rather than an entry of the encoder's output (tiles).
     """
 
-    encoder_arguments: tuple[str, ...]
-    encode: Callable[[Any, dict[str, Any]], Any]
-    placeholder: Callable[[Any], int]
+    layout: layouts.Find
+    tower: str = "vision_tower"
+    merges: bool = False
+    first_position: int = 0
+    runs: bool = False
 
 
-def _llava_encode(model: Any, arguments: dict[str, Any]) -> Any:
-    return model.get_image_features(**arguments, return_dict=True)
-
-
-LLAVA = Family(
-    encoder_arguments=("pixel_values", "vision_feature_layer", "vision_feature_select_strategy", "image_sizes"),
-    encode=_llava_encode,
-    placeholder=lambda model: int(model.config.image_token_id),
-)
-
-FAMILIES: dict[str, Family] = {"llava": LLAVA}
+FAMILIES: dict[str, Family] = {
+    "llava": Family(layouts.one_grid, merges=True),
+    "llava_next": Family(layouts.any_resolution),
+    "llava_onevision": Family(layouts.any_resolution),
+    "qwen2_5_vl": Family(layouts.native, "visual"),
+    "qwen3_vl": Family(layouts.native, "visual"),
+    "qwen3_vl_moe": Family(layouts.native, "visual"),
+    "internvl": Family(layouts.tiles, runs=True),
+    "smolvlm": Family(layouts.shuffled_tiles, "vision_model"),
+    "idefics3": Family(layouts.shuffled_tiles, "vision_model"),
+    "gemma3": Family(layouts.pooled_grid),
+    "gemma4": Family(layouts.by_position),
+    "paligemma": Family(layouts.one_grid, merges=True, first_position=1),
+}
 
 
 def family_of(model: Any) -> Family:
@@ -51,6 +57,11 @@ def family_of(model: Any) -> Family:
     if not isinstance(model, torch.nn.Module) or model_type is None or not hasattr(model, "generate"):
         raise TypeError(
             f"reduce: expected a Hugging Face image-text-to-text model (AutoModelForImageTextToText), got {type(model).__name__}"
+        )
+    if model_type == "mllama":
+        raise ValueError(
+            "reduce: Mllama keeps images out of the sequence, in cross-attention states that transformers computes inside forward and "
+            "offers no public way to shorten; got 'mllama', which is not supported"
         )
     if model_type not in FAMILIES:
         raise ValueError(f"reduce: expected a model of type {', '.join(sorted(FAMILIES))}, got {model_type!r}, not supported yet")

@@ -1,6 +1,6 @@
-"""``effvlm.reduce``: fewer visual tokens between a model's vision tower and its language model.
+"""``effvlm.reduce``: fewer visual tokens between a model's vision tower and its language model, or already inside the tower.
 
-The model encodes its images itself; the method reduces the features; ``input_ids`` loses the placeholders of the tokens that are
+The model encodes its images itself; the recipe reduces the features; ``input_ids`` loses the placeholders of the tokens that are
 gone, and the language model gets the features as ``mm_encoder_outputs`` together with the *original* position ids. All of
 these are public arguments of transformers; nothing of the model is patched but the instance's ``generate``, until exit.
 """
@@ -10,30 +10,41 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
-from effvlm.hf.families import family_of
+from effvlm.hf.encode import Encoder, pixels_of
+from effvlm.hf.positions import positions_for_forward, positions_for_generate
+from effvlm.hf.report import Report
 from effvlm.hf.rows import Rows
-from effvlm.tokens import Method, Tokens
+from effvlm.hf.trace import Trace
+from effvlm.tokens import Method, Recipe
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_FILL = {"attention_mask": 0, "position_ids": 0, "labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
 
 
 class Reducer:
-    """What :func:`reduce` returns: a context manager, and :meth:`prepare` for those who want no magic.
+    """What :func:`reduce` returns: a context manager, and a function of inputs for those who want no magic.
 
     Attributes:
-        images: images reduced so far.
-        tokens_in: their visual tokens before.
-        tokens_out: and after.
+        report: a :class:`Report` over all images so far.
     """
 
     def __init__(self, model: Any, method: Method) -> None:
-        if not callable(method) or isinstance(method, type):
+        if isinstance(method, type) or not isinstance(method, Method):
             raise TypeError(f"reduce: expected a method such as effvlm.tokens.ToMe(keep=0.25), got {method!r}")
-        self.model, self.method, self.family = model, method, family_of(model)
-        self.images = self.tokens_in = self.tokens_out = 0
+        self.model = model
+        self.recipe = method if isinstance(method, Recipe) else Recipe([method])
+        self.report = Report()
+        self._encoder = Encoder(model, self.recipe, self.report)
         self._hook: Any = None
+        self._keep = torch.empty(0)  # (B, L) bool: the columns of the last prompt that stayed
+        self._kept: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()  # the same, by the cache that holds them
 
     def __enter__(self) -> Reducer:
         if "generate" in vars(self.model):
@@ -47,7 +58,7 @@ class Reducer:
         self._hook.remove()
 
     @torch.no_grad()
-    def prepare(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The processor's inputs with fewer visual tokens: give the result to ``model.generate(**…)`` outside the context.
 
         Args:
@@ -57,51 +68,54 @@ class Reducer:
         Raises:
             ValueError: no ``input_ids``, or placeholders that do not match the images.
         """
-        mask = inputs.get("attention_mask")
-        positions = None if mask is None else (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
-        return self._reduced(dict(inputs), positions)
+        return self._reduced(dict(inputs), positions_for_generate)
 
-    def _reduced(self, inputs: dict[str, Any], positions: torch.Tensor | None) -> dict[str, Any]:
-        """``inputs`` reduced; ``positions`` (B, L) are the position ids to use when there are none (default 0, 1, 2, …)."""
-        if inputs.get("pixel_values") is None:
+    def trace(self, image: Image, index: int = 0, crop: int | None = None) -> Image:
+        """``image``, a picture of the last call, with the fate of its patches: see :meth:`effvlm.hf.trace.Trace.draw`.
+
+        Raises:
+            RuntimeError: there was no call yet.
+            ValueError: no such image or crop.
+        """
+        found = self._encoder.traces.get("image") or self._encoder.traces.get("video")
+        if not isinstance(found, Trace):
+            raise RuntimeError("trace: expected a call with images before, got none yet")
+        return found.draw(image, index, crop)
+
+    def _reduced(self, inputs: dict[str, Any], positions: Any, known: torch.Tensor | None = None) -> dict[str, Any]:
+        """``inputs`` reduced; ``positions`` (model, inputs, first new column) makes the position ids where there are none.
+
+        ``known`` (B, L₁) bool says what was kept of the first L₁ columns, whose keys and values a cache already holds.
+        """
+        if not pixels_of(inputs) and known is None:
             return inputs
-        arguments = {k: inputs.pop(k) for k in self.family.encoder_arguments if inputs.get(k) is not None}
         if inputs.get("input_ids") is None:
-            raise ValueError("reduce: expected input_ids beside pixel_values, got none")
-        encoded = self.family.encode(self.model, arguments)
-        features, anchors = self._reduce_features(list(encoded.pooler_output))
-        encoded.pooler_output = features
+            raise ValueError("reduce: expected input_ids beside the pixels, got none")
         ids = inputs["input_ids"]
-        if inputs.get("position_ids") is None:
-            inputs["position_ids"] = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
         if inputs.get("attention_mask") is None:
             # Never without one: position ids with gaps and no mask would be taken for several packed sequences.
             inputs["attention_mask"] = torch.ones_like(ids)
-        rows = Rows.keeping(ids, inputs["attention_mask"], self.family.placeholder(self.model), anchors)
+        if self.recipe.positions == "renumbered":
+            self._refuse_renumbering(inputs)
+        elif inputs.get("position_ids") is None:
+            inputs["position_ids"] = positions(self.model, inputs, 0 if known is None else known.shape[1])
+        keep = torch.ones_like(ids, dtype=torch.bool)
+        if known is not None:
+            keep[:, : known.shape[1]] = known.to(keep.device)
+        if pixels_of(inputs):
+            new = ids if known is None else torch.cat([ids.new_full(known.shape, -1), ids[:, known.shape[1] :]], dim=1)
+            inputs["mm_encoder_outputs"] = self._encoder(new, inputs, keep)
+        rows = Rows.keeping(keep, inputs["attention_mask"])
         pad = getattr(self.model.config, "pad_token_id", None)
-        fill = {"input_ids": 0 if pad is None else pad, "attention_mask": 0, "position_ids": 0, "labels": -100}
-        for name, value in fill.items():
+        for name, value in {"input_ids": 0 if pad is None else pad, **_FILL}.items():
             if inputs.get(name) is not None:
-                inputs[name] = rows.take(inputs[name].expand(ids.shape), value)
-        inputs["mm_encoder_outputs"] = {"image": encoded}
+                inputs[name] = rows.take(inputs[name].expand(*inputs[name].shape[:-2], *ids.shape), value)
+        self._keep = keep
         return inputs
 
-    def _reduce_features(self, features: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """One (N, C) tensor per image → reduced features and, per image, (N,) bool: which places keep their placeholder."""
-        reduced: list[torch.Tensor] = []
-        places: list[torch.Tensor] = []
-        same = len({len(f) for f in features}) == 1
-        batches = [torch.stack(features)] if same else [f[None] for f in features]
-        for x in batches:
-            tokens = self.method(Tokens.of(x))
-            keep = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-            keep.scatter_(1, tokens.position, True)
-            reduced += tokens.x.unbind(0)
-            places += keep.unbind(0)
-        self.images += len(features)
-        self.tokens_in += sum(map(len, features))
-        self.tokens_out += sum(map(len, reduced))
-        return reduced, places
+    def _refuse_renumbering(self, inputs: dict[str, Any]) -> None:
+        if inputs.get("image_grid_thw") is not None or inputs.get("video_grid_thw") is not None:
+            raise ValueError("reduce: positions='renumbered' has no meaning for models with three-dimensional positions")
 
     def _before_forward(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -109,29 +123,50 @@ class Reducer:
         named = inspect.signature(model.forward).bind_partial(*args, **kwargs)
         inputs = {**named.arguments, **named.arguments.get("kwargs", {})}
         inputs.pop("kwargs", None)
-        if inputs.get("pixel_values") is None:
+        if not pixels_of(inputs):
             return args, kwargs
         with torch.no_grad():
-            return (), self._reduced(inputs, None)
+            return (), self._reduced(inputs, positions_for_forward)
 
     def _generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """The model's own ``generate`` on reduced inputs; the returned sequences start with the whole prompt, as ever."""
         generate = type(self.model).generate
         if inputs is not None:
             kwargs["input_ids"] = inputs
-        if kwargs.get("pixel_values") is None:
+        cache = kwargs.get("past_key_values")
+        known = None if cache is None else self._kept.get(cache)
+        if not pixels_of(kwargs) and known is None:
             return generate(self.model, None, *args, **kwargs)
+        self._check_generate(kwargs)
         prompt = kwargs["input_ids"]
-        reduced = self.prepare(kwargs)
+        with torch.no_grad():
+            reduced = self._reduced(dict(kwargs), positions_for_generate, known)
         gone = prompt.shape[1] - reduced["input_ids"].shape[1]
         for limit in ("max_length", "min_length"):  # they count the prompt
             if reduced.get(limit) is not None:
                 reduced[limit] -= gone
         out = generate(self.model, None, *args, **reduced)
-        if isinstance(out, torch.Tensor):
+        is_tensor = isinstance(out, torch.Tensor)
+        for cache in (kwargs.get("past_key_values"), None if is_tensor else out.get("past_key_values")):
+            if cache is not None and self._encoder.expansion == 1:
+                self._kept[cache] = self._keep  # for the next turn
+        if is_tensor:
             return _with_prompt(out, prompt, gone)
         out.sequences = _with_prompt(out.sequences, prompt, gone)
         return out
+
+    def _check_generate(self, kwargs: dict[str, Any]) -> None:
+        """Raise where ``generate`` would silently compute something else."""
+
+        def option(name: str) -> Any:
+            value = kwargs.get(name)
+            for config in (kwargs.get("generation_config"), self.model.generation_config):
+                value = getattr(config, name, None) if value is None else value
+            return value
+
+        if option("use_cache") is False:
+            raise ValueError("reduce: expected use_cache=True; without a cache, positions with gaps are taken for packed sequences")
+        self._encoder.expansion = max(option("num_beams") or 1, option("num_return_sequences") or 1)
 
 
 def _with_prompt(sequences: torch.Tensor, prompt: torch.Tensor, gone: int) -> torch.Tensor:
@@ -145,22 +180,24 @@ def reduce(model: Any, method: Method) -> Reducer:
 
     ::
 
-        with effvlm.reduce(model, effvlm.tokens.ToMe(keep=0.25)):
+        with effvlm.reduce(model, effvlm.tokens.ToMe(keep=0.25)) as reducer:
             model.generate(**inputs)
+        print(reducer.report)
 
-    Works with ``generate()`` (greedy, sampling, beams), batches with padding, several images per prompt, and plain
-    ``model(**inputs)`` (whose logits then belong to the shorter sequence). Token positions stay the original ones. One block
-    per model at a time; a model shared by threads is reduced for all of them.
+    Works with ``generate()`` (greedy, sampling, beams, several turns, chunked prefill), batches with padding, several images per
+    prompt, and plain ``model(**inputs)`` (whose logits then belong to the shorter sequence). Token positions stay the original
+    ones. Without the block, ``reducer(inputs)`` returns inputs for ``generate``. One block per model at a time; a model shared by
+    threads is reduced for all of them.
 
     Args:
-        model: a Hugging Face image-text-to-text model of a supported family (LLaVA).
-        method: what to do with the tokens, see :mod:`effvlm.tokens`.
+        model: a Hugging Face image-text-to-text model of a supported family (``effvlm.hf.families.FAMILIES``).
+        method: what to do with the tokens, see :mod:`effvlm.tokens`: a method, a step or a recipe.
 
     Returns:
-        The :class:`Reducer`, which counts images and tokens.
+        The :class:`Reducer`, whose ``report`` counts images and tokens and whose ``trace`` draws what became of them.
 
     Raises:
-        TypeError: ``model`` is no such model, or ``method`` is not callable on tokens.
+        TypeError: ``model`` is no such model, or ``method`` is none.
         ValueError: the family is not supported.
     """
     return Reducer(model, method)
