@@ -18,6 +18,7 @@ from effvlm.ops import (
     ternary_matmul,
     ternary_pack,
     ternary_unpack,
+    token_diverse,
     token_match,
     token_merge,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "ternary_matmul",
     "ternary_pack",
     "ternary_unpack",
+    "token_diverse",
     "token_match",
     "token_merge",
     "tokens",

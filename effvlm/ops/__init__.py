@@ -6,6 +6,7 @@ from effvlm.ops.moe_route import MoeRoute, moe_route
 from effvlm.ops.ternary_matmul import ternary_matmul
 from effvlm.ops.ternary_unpack import ternary_unpack
 from effvlm.ops.ternary_weight import TernaryWeight, ternary_pack
+from effvlm.ops.token_diverse import token_diverse
 from effvlm.ops.token_match import TokenMatch, token_match
 from effvlm.ops.token_merge import TokenMerge, token_merge
 
@@ -20,6 +21,7 @@ __all__ = [
     "ternary_matmul",
     "ternary_pack",
     "ternary_unpack",
+    "token_diverse",
     "token_match",
     "token_merge",
 ]
