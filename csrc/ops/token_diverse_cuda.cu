@@ -73,14 +73,14 @@ __device__ __forceinline__ void stage_tile(const TokenDiverseArgs& a, i64 b, i64
   }
 }
 
-// Block ↔ a tile of cosines on or above the diagonal.
+// Block (x, y) ↔ the tile of cosines in column x and row y, on or above the diagonal.
 template <class T>
-__global__ void __launch_bounds__(kThreads) token_diverse_cosines_kernel(TokenDiverseArgs a, i64 tiles) {
+__global__ void __launch_bounds__(kThreads) token_diverse_cosines_kernel(TokenDiverseArgs a) {
   __shared__ float left[kDepth][kTile + 4], right[kDepth][kTile + 4];  // + 4: columns of different rows, different banks
   const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-  for (i64 task = blockIdx.x; task < a.B * tiles * tiles; task += gridDim.x) {
-    const i64 b = task / tiles / tiles, i0 = task / tiles % tiles * kTile, j0 = task % tiles * kTile;
-    if (j0 < i0) continue;
+  const i64 i0 = static_cast<i64>(blockIdx.y) * kTile, j0 = static_cast<i64>(blockIdx.x) * kTile;
+  if (j0 < i0) return;
+  for (i64 b = blockIdx.z; b < a.B; b += gridDim.z) {
     float sum[4][4] = {};
     for (i64 c0 = 0; c0 < a.C; c0 += kDepth) {
       stage_tile<T>(a, b, i0, c0, left);
@@ -134,23 +134,23 @@ __device__ __forceinline__ void multiply_step(float (&sum)[4][4], const T (*left
 
 // Block ↔ the same work as above; copies of the next step are under way while one is multiplied.
 template <class T>
-__global__ void __launch_bounds__(kThreads) token_diverse_cosines16_kernel(TokenDiverseArgs a, i64 tiles, bool packs) {
+__global__ void __launch_bounds__(kThreads) token_diverse_cosines16_kernel(TokenDiverseArgs a, bool packs) {
   __shared__ Stage16<T> left, right;
-  const i64 steps = (a.C + kDepth16 - 1) / kDepth16;
+  const int steps = static_cast<int>((a.C + kDepth16 - 1) / kDepth16);
   const int lane = threadIdx.x % kWarp, upper = threadIdx.x / kWarp / 2 * 16, across = threadIdx.x / kWarp % 2 * 32;
-  for (i64 task = blockIdx.x; task < a.B * tiles * tiles; task += gridDim.x) {
-    const i64 b = task / tiles / tiles, i0 = task / tiles % tiles * kTile, j0 = task % tiles * kTile;
-    if (j0 < i0) continue;
+  const i64 i0 = static_cast<i64>(blockIdx.y) * kTile, j0 = static_cast<i64>(blockIdx.x) * kTile;
+  if (j0 < i0) return;
+  for (i64 b = blockIdx.z; b < a.B; b += gridDim.z) {
     float sum[4][4] = {};
-    const auto stage = [&](i64 step) {
+    const auto stage = [&](int step) {
       if (step < steps) {
-        stage16<T>(a, b, i0, step * kDepth16, packs, left.at[step % 2]);
-        stage16<T>(a, b, j0, step * kDepth16, packs, right.at[step % 2]);
+        stage16<T>(a, b, i0, static_cast<i64>(step) * kDepth16, packs, left.at[step % 2]);
+        stage16<T>(a, b, j0, static_cast<i64>(step) * kDepth16, packs, right.at[step % 2]);
       }
       copy_commit();
     };
     stage(0);
-    for (i64 step = 0; step < steps; ++step) {
+    for (int step = 0; step < steps; ++step) {
       stage(step + 1);
       copy_wait<1>();
       __syncthreads();  // this step is staged
@@ -277,13 +277,13 @@ void token_diverse_cuda(const TokenDiverseArgs& a, int device, void* stream) {
     using T = typename decltype(type)::type;
     launch("token_diverse_norms_kernel", token_diverse_norms_kernel<T>, dim3(grid_for((a.B * a.N + warps - 1) / warps)),
            dim3(kThreads), stream, a);
-    const dim3 grid(grid_for(a.B * tiles * tiles));
+    const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(tiles), static_cast<unsigned>(a.B < 65535 ? a.B : 65535));
     if constexpr (sizeof(T) == 2) {
       const bool packs =
           a.x_stride_c == 1 && a.x_stride_n % 8 == 0 && a.x_stride_b % 8 == 0 && reinterpret_cast<std::uintptr_t>(a.x) % 16 == 0;
-      launch("token_diverse_cosines16_kernel", token_diverse_cosines16_kernel<T>, grid, dim3(kThreads), stream, a, tiles, packs);
+      launch("token_diverse_cosines16_kernel", token_diverse_cosines16_kernel<T>, grid, dim3(kThreads), stream, a, packs);
     } else {
-      launch("token_diverse_cosines_kernel", token_diverse_cosines_kernel<T>, grid, dim3(kThreads), stream, a, tiles);
+      launch("token_diverse_cosines_kernel", token_diverse_cosines_kernel<T>, grid, dim3(kThreads), stream, a);
     }
   });
   if (a.dpp) {
