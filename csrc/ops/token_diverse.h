@@ -55,7 +55,7 @@ struct TokenDiverseLayout : Workspace {
   std::int64_t slots, pitch;             // floats of a token's c, whole cache lines
   std::int64_t inverse_norm, bad;        // f32 (B,N); i64 (threads): first token found that is not finite, or −1
   std::int64_t packed;                   // (B,N,C): x with contiguous channels, where x itself has not
-  std::int64_t value, seen, list, sort;  // per slot: f32 (N), i32 (N), i32 (3,N), i32 (N+2)
+  std::int64_t value, seen, list, sort;  // per slot: f32 (N), i32 (N), i32 (4,N), i32 (N+2)
   std::int64_t weight, delta, root, c;   // per slot, DPP: f32 (N), (N), (k), (N,pitch)
 
   explicit TokenDiverseLayout(const TokenDiverseArgs& a) {
@@ -63,7 +63,7 @@ struct TokenDiverseLayout : Workspace {
     const std::int64_t tokens = slots * a.N * 4, dpp = a.dpp ? 1 : 0;
     inverse_norm = take(a.B * a.N * 4), bad = take(a.threads * 8);
     packed = take(a.x_stride_c == 1 ? 0 : a.B * a.N * a.C * (a.dtype == Dtype::f32 ? 4 : 2));
-    value = take(tokens), seen = take(tokens), list = take(3 * tokens), sort = take(tokens + slots * 8);
+    value = take(tokens), seen = take(tokens), list = take(4 * tokens), sort = take(tokens + slots * 8);
     weight = take(dpp * tokens), delta = take(dpp * tokens), root = take(dpp * slots * a.k * 4), c = take(dpp * tokens * pitch);
   }
 };

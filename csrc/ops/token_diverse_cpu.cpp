@@ -75,7 +75,7 @@ struct Diverse {
     greedy.x = token(b, 0), greedy.stride = a.x_stride_c == 1 ? a.x_stride_n : a.C;
     greedy.inverse_norm = at<float>(layout.inverse_norm, b * a.N), greedy.picks = a.out + b * a.k;
     greedy.value = at<float>(layout.value, tokens), greedy.seen = at<i32>(layout.seen, tokens);
-    greedy.list = at<i32>(layout.list, 3 * tokens), greedy.columns = greedy.list + 2 * a.N;
+    greedy.list = at<i32>(layout.list, 4 * tokens), greedy.columns = greedy.list + 2 * a.N, greedy.places = greedy.list + 3 * a.N;
     greedy.sort = at<i32>(layout.sort, tokens + 2 * slot);
     greedy.weight = at<float>(layout.weight, tokens), greedy.delta = at<float>(layout.delta, tokens);
     greedy.root = at<float>(layout.root, slot * a.k), greedy.c = at<float>(layout.c, tokens * layout.pitch);

@@ -33,11 +33,11 @@ template <class T>
 struct Greedy {
   i64 N, C, k, stride;  // stride: elements between tokens
   const T* x;
-  const float* inverse_norm;  // 0 for a zero token
-  i32* picks;                 // what is filled
-  float* value;               // kNever once picked
-  i32 *seen, *list, *sort, *columns;
-  float *weight, *delta, *root, *c;  // DPP: r², δ, √δ of each pick, c of each token
+  const float* inverse_norm;                   // 0 for a zero token
+  i32* picks;                                  // what is filled
+  float* value;                                // kNever once picked
+  i32 *seen, *list, *sort, *columns, *places;  // places: 0 … N−1
+  float *weight, *delta, *root, *c;            // DPP: r², δ, √δ of each pick, c of each token
   i64 pitch;
   const float* relevances;  // null: all ones
   i64 relevance_stride;
@@ -63,10 +63,13 @@ struct Greedy {
       for (int j = 0; j < kColumns; ++j) others[j] = row(columns[u + j < last ? u + j : u]);
       float dot[kColumns * kTokens];
       const int width = count > 1 ? kTokens : 1;
-      if (count > 1) {
-        dots<std::remove_cv_t<std::remove_pointer_t<Pointer>>, kTokens, kColumns, 1>(rows, others, length, dot);
+      using Element = std::remove_cv_t<std::remove_pointer_t<Pointer>>;
+      if (count == 1) {
+        dots<Element, 1, kColumns, 1>(rows, others, length, dot);
+      } else if (last - u <= 2) {
+        dots<Element, kTokens, 2, 1>(rows, others, length, dot);
       } else {
-        dots<std::remove_cv_t<std::remove_pointer_t<Pointer>>, 1, kColumns, 1>(rows, others, length, dot);
+        dots<Element, kTokens, kColumns, 1>(rows, others, length, dot);
       }
       for (int j = 0; j < kColumns && u + j < last; ++j)
         for (int m = 0; m < count; ++m) out[u - first + j][m] = dot[j * width + m];
@@ -74,13 +77,13 @@ struct Greedy {
   }
 
   // Token i, number m of its group, takes columns seen[i] … last − 1 into account; dot and projection are of columns first …
-  void see_max_min(i32 i, int m, const i32* others, int first, int last, const float (*dot)[kTokens]) {
+  void see_max_min(i32 i, int m, const i32* others, int from, int first, int last, const float (*dot)[kTokens]) {
     float least = value[i];
-    for (int u = seen[i]; u < last; ++u) {
+    for (int u = from; u < last; ++u) {
       const float worth = -cosine(dot[u - first][m], i, others[u]);
       if (others[u] != i && worth < least) least = worth;
     }
-    value[i] = least, seen[i] = last;
+    value[i] = least;
   }
 
   // projection: <c_j, c_i> over the whole blocks before `first`.
@@ -93,7 +96,7 @@ struct Greedy {
       own[u] = (to_pick - sum) / root[u];
       left -= own[u] * own[u];
     }
-    delta[i] = left, value[i] = left > kDiverseSpent ? weight[i] * left : 0, seen[i] = last;
+    delta[i] = left, value[i] = left > kDiverseSpent ? weight[i] * left : 0;
   }
 
   // Tokens of a group see the others, a block at a time, until they have seen `until` or are worth less than the threshold.
@@ -117,8 +120,9 @@ struct Greedy {
         if (dpp) {
           see_dpp(tokens[m], m, first, last, dot, projection);
         } else {
-          see_max_min(tokens[m], m, others, first, last, dot);
+          see_max_min(tokens[m], m, others, seen[tokens[m]], first, last, dot);
         }
+        seen[tokens[m]] = last;
       }
     }
   }
@@ -131,9 +135,14 @@ struct Greedy {
     for (i64 q = 0; q <= until / kBlock; ++q) sort[q + 1] += sort[q];
     for (i64 n = 0; n < count; ++n) sorted[sort[seen[list[n]] / kBlock]++] = list[n];
     const i64 share = (count + threads - 1) / threads, size = share < kTokens ? share : kTokens;
-    parallel_for(size ? (count + size - 1) / size : 0, 1, threads, [&](i64 begin, i64 end, int) {
-      for (i64 g = begin; g < end; ++g)
-        advance(sorted + g * size, static_cast<int>(count - g * size < size ? count - g * size : size), others, until, threshold);
+    const i64 groups = size ? (count + size - 1) / size : 0, part = groups / threads / 2, grain = part < 8 ? part : 8;
+    parallel_for(groups, grain, threads, [&](i64 begin, i64 end, int) {
+      for (int limit = seen[sorted[begin * size]] / kChunk * kChunk; limit < until;) {  // a chunk of others for all these groups
+        limit = limit + kChunk < until ? limit + kChunk : until;
+        for (i64 g = begin; g < end; ++g)
+          advance(sorted + g * size, static_cast<int>(count - g * size < size ? count - g * size : size), others, limit,
+                  threshold);
+      }
     });
   }
 
@@ -178,36 +187,76 @@ struct Greedy {
       while (b) a %= b, std::swap(a, b);
       if (a == 1) break;
     }
-    for (i64 q = 0, n = 0; q < N; ++q, n = (n + step) % N) columns[q] = static_cast<i32>(n);
+    for (i64 q = 0, n = 0; q < N; ++q, n = (n + step) % N) columns[q] = static_cast<i32>(n), places[q] = static_cast<i32>(q);
   }
 
-  // Completes a few of the most promising tokens, and returns the best value of a complete one: less is not worth completing.
-  float raise_floor() {
-    const i64 most = kTokens * threads;
+  // Goes on with the `most` best tokens that have not seen all, until they are worth less than the floor, and returns the new
+  // floor: the best value of a token that has seen all.
+  float raise_floor(i64 most, float floor) {
     const int all = static_cast<int>(N);
     i64 count = 0;
     for (i64 n = 0; n < N; ++n) {
-      i64 place = count;
-      while (place > 0 && value[list[place - 1]] < value[n]) --place;
-      if (seen[n] == all || place >= most) continue;
+      if (seen[n] == all || (count == most && value[n] <= value[list[count - 1]])) continue;
       count += count < most;
-      for (i64 p = count - 1; p > place; --p) list[p] = list[p - 1];
+      i64 place = count - 1;
+      for (; place > 0 && value[list[place - 1]] < value[n]; --place) list[place] = list[place - 1];
       list[place] = static_cast<i32>(n);
     }
-    advance_list(count, columns, all, kNever);
-    float floor = kNever;
+    advance_list(count, columns, all, floor);
     for (i64 n = 0; n < N; ++n)
       if (seen[n] == all && value[n] > floor) floor = value[n];
     return floor;
   }
 
-  // The token whose nearest other one is furthest: it sees all the others, and drops out once one of them is too near.
+  // The tokens of a chunk of places that are worth the floor, and those of another chunk (or the same), see each other.
+  void meet(i64 chunk, i64 other, float floor) {
+    const i64 stop = (chunk + 1) * kChunk < N ? (chunk + 1) * kChunk : N,
+              last = (other + 1) * kChunk < N ? (other + 1) * kChunk : N;
+    i32 group[kTokens];
+    int count = 0;
+    for (i64 n = chunk * kChunk; n < stop; ++n) {
+      if (value[n] >= floor) group[count++] = static_cast<i32>(n);
+      if (count < kTokens && n + 1 < stop) continue;
+      for (i64 u = count && chunk == other ? group[0] : other * kChunk; count && u < last; u += kBlock) {
+        const int from = static_cast<int>(u), to = static_cast<int>(u + kBlock < last ? u + kBlock : last);
+        float dot[kBlock][kTokens];
+        multiply([&](i32 i) { return token(i); }, C, group, count, places, from, to, dot);
+        for (i32 j = from; j < to; ++j)
+          for (int m = 0; m < count; ++m) {
+            const float worth = j == group[m] ? INFINITY : -cosine(dot[j - from][m], group[m], j);
+            value[group[m]] = worth < value[group[m]] ? worth : value[group[m]];
+            value[j] = worth < value[j] ? worth : value[j];
+          }
+      }
+      count = 0;
+    }
+  }
+
+  // All chunks with themselves; then those of even number with the next one, then those of odd number: tasks share no chunk.
+  void meet_themselves() {
+    parallel_for((N + kChunk - 1) / kChunk, 1, threads, [&](i64 begin, i64 end, int) {
+      for (i64 chunk = begin; chunk < end; ++chunk) meet(chunk, chunk, kNever);
+    });
+  }
+  void meet_neighbours(float floor) {
+    const i64 chunks = (N + kChunk - 1) / kChunk;
+    for (i64 odd = 0; odd < 2; ++odd)
+      parallel_for((chunks - odd) / 2, 1, threads, [&](i64 begin, i64 end, int) {
+        for (i64 pair = begin; pair < end; ++pair) meet(2 * pair + odd, 2 * pair + odd + 1, floor);
+      });
+  }
+
+  // The token whose nearest other one is furthest: it sees all the others, and drops out once one of them is too near. That is
+  // often a neighbour, so these come first.
   i32 first_pick() {
+    constexpr i64 kFew = 8, kMore = 24;
     const int all = static_cast<int>(N);
-    float floor = kNever;
     spread_columns();
-    for (int chunk = 0; chunk * kChunk < all; ++chunk) {
-      if (chunk && (chunk & (chunk - 1)) == 0) floor = raise_floor();
+    meet_themselves();
+    float floor = raise_floor(kMore, raise_floor(kFew, kNever));
+    meet_neighbours(floor);
+    for (int chunk = 0, raise = 0; chunk * kChunk < all; ++chunk) {
+      if (chunk == raise) floor = raise_floor(kMore, floor), raise = chunk ? 4 * chunk : 4;
       const int until = (chunk + 1) * kChunk < all ? (chunk + 1) * kChunk : all;
       advance_list(list_waiting(until, floor), columns, until, floor);
     }
