@@ -76,7 +76,7 @@ struct Greedy {
     }
   }
 
-  // Token i, number m of its group, takes columns seen[i] … last − 1 into account; dot and projection are of columns first …
+  // Token i, number m of its group, takes the others from … last − 1 into account; dot is of the others first … last − 1.
   void see_max_min(i32 i, int m, const i32* others, int from, int first, int last, const float (*dot)[kTokens]) {
     float least = value[i];
     for (int u = from; u < last; ++u) {
@@ -86,7 +86,7 @@ struct Greedy {
     value[i] = least;
   }
 
-  // projection: <c_j, c_i> over the whole blocks before `first`.
+  // The same from seen[i] on; projection: <c_j, c_i> over the whole blocks before `first`.
   void see_dpp(i32 i, int m, int first, int last, const float (*dot)[kTokens], const float (*projection)[kTokens]) {
     float *own = c + i * pitch, left = delta[i];
     for (int u = seen[i]; u < last; ++u) {
