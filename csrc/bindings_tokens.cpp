@@ -4,6 +4,7 @@
 
 #include "bindings.h"
 #include "ops/token_apply.h"
+#include "ops/token_diverse.h"
 #include "ops/token_match.h"
 #include "ops/token_merge.h"
 #include "ops/token_select.h"
@@ -21,6 +22,41 @@ void apply(const Raw& x_raw, const Raw& start_raw, const Raw& source_raw, const 
                      start.as<std::int32_t>(), start.stride[0], source.as<std::int32_t>(), source.stride[0], weight.as<float>(),
                      weight.stride[0], out.data, std::get<2>(place)},
       place, token_apply_cpu, EFFVLM_CUDA_FORM(token_apply));
+}
+
+TokenDiverseArgs diverse_args(const Raw& x_raw, std::int64_t k, const Optional& relevance_raw, bool dpp, const Place& place) {
+  const View x = view(x_raw), relevance = view(relevance_raw);
+  return {x.shape[0],
+          x.shape[1],
+          x.shape[2],
+          k,
+          dpp,
+          x.dtype,
+          x.data,
+          x.stride[0],
+          x.stride[1],
+          x.stride[2],
+          relevance.as<float>(),
+          relevance.stride[0],
+          relevance.stride[1],
+          nullptr,
+          nullptr,
+          std::get<2>(place)};
+}
+
+std::int64_t diverse_workspace(const Raw& x, std::int64_t k, const Optional& relevance, bool dpp, const Place& place) {
+  const TokenDiverseArgs args = diverse_args(x, k, relevance, dpp, place);
+#if EFFVLM_WITH_CUDA
+  if (kEmulated || std::get<0>(place) >= 0) return token_diverse_workspace_cuda(args);
+#endif
+  return TokenDiverseLayout(args).bytes;
+}
+
+void diverse(const Raw& x, std::int64_t k, const Optional& relevance, bool dpp, const Raw& out, const Raw& workspace,
+             const Place& place) {
+  TokenDiverseArgs args = diverse_args(x, k, relevance, dpp, place);
+  args.out = view(out).as<std::int32_t>(), args.workspace = view(workspace).data;
+  run(args, place, token_diverse_cpu, EFFVLM_CUDA_FORM(token_diverse));
 }
 
 std::int64_t match_workspace(const Raw& x_raw, std::int64_t, bool, const Place& place) {
@@ -88,6 +124,8 @@ void similarity(const Raw& a_raw, const Raw& b_raw, const Raw& out, const Raw&, 
 void bind_tokens(py::module_& m) {
   m.def("token_apply_workspace", &apply_workspace);
   m.def("token_apply", &apply);
+  m.def("token_diverse_workspace", &diverse_workspace);
+  m.def("token_diverse", &diverse);
   m.def("token_match_workspace", &match_workspace);
   m.def("token_match", &match);
   m.def("token_merge_workspace", &merge_workspace);

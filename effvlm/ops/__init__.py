@@ -7,6 +7,7 @@ from effvlm.ops.ternary_matmul import ternary_matmul
 from effvlm.ops.ternary_unpack import ternary_unpack
 from effvlm.ops.ternary_weight import TernaryWeight, ternary_pack
 from effvlm.ops.token_apply import token_apply
+from effvlm.ops.token_diverse import token_diverse
 from effvlm.ops.token_match import TokenMatch, token_match
 from effvlm.ops.token_merge import TokenMerge, token_merge
 from effvlm.ops.token_select import TokenSelect, token_select
@@ -25,6 +26,7 @@ __all__ = [
     "ternary_pack",
     "ternary_unpack",
     "token_apply",
+    "token_diverse",
     "token_match",
     "token_merge",
     "token_select",
