@@ -20,6 +20,7 @@ from effvlm.ops import (
     ternary_unpack,
     token_match,
     token_merge,
+    token_score,
 )
 from effvlm.quant import TernaryRecipe
 
@@ -50,5 +51,6 @@ __all__ = [
     "ternary_unpack",
     "token_match",
     "token_merge",
+    "token_score",
     "tokens",
 ]

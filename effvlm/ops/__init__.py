@@ -8,6 +8,7 @@ from effvlm.ops.ternary_unpack import ternary_unpack
 from effvlm.ops.ternary_weight import TernaryWeight, ternary_pack
 from effvlm.ops.token_match import TokenMatch, token_match
 from effvlm.ops.token_merge import TokenMerge, token_merge
+from effvlm.ops.token_score import token_score
 
 __all__ = [
     "MoeRoute",
@@ -22,4 +23,5 @@ __all__ = [
     "ternary_unpack",
     "token_match",
     "token_merge",
+    "token_score",
 ]

@@ -1,0 +1,1 @@
+#include "ops/token_score.h"
