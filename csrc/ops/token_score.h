@@ -61,7 +61,7 @@ constexpr std::int64_t kScoreStatRows = 256;  // rows of a task that finds their
 struct ScoreRow {  // a row that counts, and the keys [first, last) that it sees
   std::int32_t row, first, last;
 };
-struct ScoreStat {  // p = 2^(scale·log2 e·<q,k> − shift)·factor, but for the weight
+struct alignas(8) ScoreStat {  // p = 2^(scale·log2 e·<q,k> − shift)·factor, but for the weight
   float shift, factor;
 };
 
@@ -72,7 +72,7 @@ struct TokenScoreLayout : Workspace {
   // Offsets. f32 (B,H,S); ScoreStat (B,H,L); ScoreRow (B,L), i64 (B); per thread: words (kScoreKeys), (rows), (16)
   std::int64_t sums, stats, rows, counts, packed_keys, packed_rows, staged;
 
-  explicit TokenScoreLayout(const TokenScoreArgs& a) {
+  EFFVLM_HOST_DEVICE explicit TokenScoreLayout(const TokenScoreArgs& a) {
     words = (a.D + 15) / 16 * 16;
     sums = take(a.heads == ScoreHeads::none ? 0 : 4 * a.B * a.H * a.S);
     stats = take(a.lse ? 0 : static_cast<std::int64_t>(sizeof(ScoreStat)) * a.B * a.H * a.L);

@@ -105,16 +105,22 @@ struct Scorer {
   template <int V>
   void add_part(const f32v (&product)[kTileRows][V], const ScoreStat* stats, const ScoreRow* row, i64 count, i64 first_key,
                 f32v (&sum)[V]) const {
-    constexpr i64 keys = V * f32v::width;
-    float p[keys];
     for (i64 r = 0; r < count; ++r) {
-      const i64 first = std::clamp<i64>(row[r].first - first_key, 0, keys),
-                last = std::clamp<i64>(row[r].last - first_key, 0, keys);
-      for (int v = 0; v < V; ++v) store(p + v * f32v::width, exp2(fma(product[r][v], set1(scale), set1(-stats[r].shift))));
-      std::memset(p, 0, first * sizeof(float));
-      std::memset(p + last, 0, (keys - last) * sizeof(float));
-      for (int v = 0; v < V; ++v) sum[v] = fma(load(p + v * f32v::width), set1(stats[r].factor), sum[v]);
+      f32v p[V];
+      for (int v = 0; v < V; ++v) p[v] = exp2(fma(product[r][v], set1(scale), set1(-stats[r].shift)));
+      hide(row[r], first_key, 0, p);
+      for (int v = 0; v < V; ++v) sum[v] = fma(p[v], set1(stats[r].factor), sum[v]);
     }
+  }
+
+  // Puts `value` in the place of what belongs to keys that the row does not see.
+  template <int V>
+  static void hide(const ScoreRow& row, i64 first_key, float value, f32v (&x)[V]) {
+    constexpr i64 keys = V * f32v::width;
+    float lane[keys];
+    for (int v = 0; v < V; ++v) store(lane + v * f32v::width, x[v]);
+    for (i64 l = 0; l < keys; ++l) lane[l] = first_key + l < row.first || first_key + l >= row.last ? value : lane[l];
+    for (int v = 0; v < V; ++v) x[v] = load(lane + v * f32v::width);
   }
 
   // Adds packed rows [begin, end) to the sums `to` of up to V vectors of keys.
@@ -173,23 +179,24 @@ struct Scorer {
     }
   }
 
-  // ---- log-sum-exp of rows ----
+  // ---- sums of rows ----
 
   struct Running {  // of a row's keys, lane by lane
     f32v max, sum;
-
-    void add(const f32v* x, int count) {
-      f32v top = max;
-      for (int v = 0; v < count; ++v) top = effvlm::EFFVLM_ISA::max(top, x[v]);
-      sum = sum * exp2(max - top);
-      for (int v = 0; v < count; ++v) sum = sum + exp2(x[v] - top);
-      max = top;
-    }
-    ScoreStat stat() const {
-      const float top = reduce_max(max);
-      return {top, 1 / reduce_add(sum * exp2(max - set1(top)))};
-    }
   };
+
+  // Exponents are rounded here as they are in add_tile, so that a row that sees one key gives it exactly 1.
+  void add_keys(const f32v (&product)[kVectors], const ScoreRow& row, bool sees_all, i64 first_key, Running& to) const {
+    f32v x[kVectors], top = to.max;
+    for (int v = 0; v < kVectors; ++v) x[v] = product[v] * set1(scale);
+    if (!sees_all) hide(row, first_key, -INFINITY, x);
+    for (int v = 0; v < kVectors; ++v) top = max(top, x[v]);
+    for (int v = 0; v < kVectors; ++v) x[v] = exp2(fma(product[v], set1(scale), set1(0) - top));
+    if (!sees_all) hide(row, first_key, 0, x);
+    to.sum = to.sum * exp2(to.max - top);
+    for (int v = 0; v < kVectors; ++v) to.sum = to.sum + x[v];
+    to.max = top;
+  }
 
   void find_stats(i64 b, i64 h, i64 begin, i64 end, int thread) const {
     const Rows listed = rows(b);
@@ -204,24 +211,16 @@ struct Scorer {
         if (!listed.any_sees(k, last, j, last_key)) continue;
         f32v product[kTileRows][kVectors];
         multiply<T, kVectors>(packed_rows(thread) + (k - begin) * words, words, packed_keys(thread), depth, product);
-        for (i64 r = k; r < last; ++r) {
-          f32v x[kVectors];
-          for (int v = 0; v < kVectors; ++v) x[v] = product[r - k][v] * set1(scale);
-          if (!listed.all_see(r, r + 1, j, j + kPanel)) hide(listed.row[r], j, x);
-          running[r - begin].add(x, kVectors);
-        }
+        for (i64 r = k; r < last; ++r)
+          add_keys(product[r - k], listed.row[r], listed.all_see(r, r + 1, j, j + kPanel), j, running[r - begin]);
       }
     }
     ScoreStat* stats = at<ScoreStat>(work.stats) + (b * a.H + h) * a.L;
-    for (i64 k = begin; k < end; ++k) stats[listed.row[k].row] = running[k - begin].stat();
-  }
-
-  static void hide(const ScoreRow& row, i64 first_key, f32v* x) {
-    float lane[kPanel];
-    for (int v = 0; v < kVectors; ++v) store(lane + v * f32v::width, x[v]);
-    for (i64 l = 0; l < kPanel; ++l)
-      if (first_key + l < row.first || first_key + l >= row.last) lane[l] = -INFINITY;
-    for (int v = 0; v < kVectors; ++v) x[v] = load(lane + v * f32v::width);
+    for (i64 k = begin; k < end; ++k) {
+      const Running& row = running[k - begin];
+      const float top = reduce_max(row.max);
+      stats[listed.row[k].row] = {top, 1 / reduce_add(row.sum * exp2(row.max - set1(top)))};
+    }
   }
 
   // ---- all of it ----

@@ -38,7 +38,7 @@ CASES = (
     _case("clip_l", (1, 2, 2, 577, 577, 64), {"heads": "none"}, "image"),
     _case("clip_l_336", (1, 16, 16, 577, 577, 64), {"lse": True}, "image", bench=True),
     _case("clip_l_336_alone", (1, 16, 16, 577, 577, 64), {}, "image", bench=True),
-    _case("clip_l_336_cls", (1, 16, 16, 577, 577, 64), {"weight": "first"}, "image", bench=True),
+    _case("llava_next_cls", (5, 16, 16, 577, 577, 64), {"weight": "first"}, "image", bench=True),
     _case("llava_next", (1, 32, 32, 2944, 2944, 128), {"causal": True, "lse": True}, bench=True),
     _case("llava_next_last", (1, 32, 32, 2944, 2944, 128), {"causal": True, "weight": "last"}, bench=True),
     _case("qwen_vl_windows", (1, 16, 16, 4096, 4096, 80), {"start": tuple(range(0, 4097, 64))}, bench=True),
