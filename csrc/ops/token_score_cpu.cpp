@@ -107,9 +107,9 @@ struct Scorer {
                 f32v (&sum)[V]) const {
     for (i64 r = 0; r < count; ++r) {
       f32v p[V];
-      for (int v = 0; v < V; ++v) p[v] = exp2(fma(product[r][v], set1(scale), set1(-stats[r].shift)));
-      hide(row[r], first_key, 0, p);
-      for (int v = 0; v < V; ++v) sum[v] = fma(p[v], set1(stats[r].factor), sum[v]);
+      for (int v = 0; v < V; ++v) p[v] = exp2(fma(product[r][v], set1(scale), set1(-stats[r].shift))) * set1(stats[r].factor);
+      hide(row[r], first_key, 0, p);  // last, since the factor may be NaN
+      for (int v = 0; v < V; ++v) sum[v] = sum[v] + p[v];
     }
   }
 

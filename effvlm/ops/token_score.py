@@ -6,9 +6,7 @@ import torch
 
 from effvlm._library import DEBUG, FLOATS, Tensors, register, require_tensor
 
-SCHEMA = (
-    "(Tensor query, Tensor key, Tensor? lse, Tensor? weight, Tensor? start, bool causal, float scale, str heads) -> Tensor"
-)
+SCHEMA = "(Tensor query, Tensor key, Tensor? lse, Tensor? weight, Tensor? start, bool causal, float scale, str heads) -> Tensor"
 HEADS = ("none", "mean", "sum", "max")
 
 
@@ -28,7 +26,7 @@ def check(
     if key.shape != (B, G, S, D):
         raise ValueError(f"token_score: expected key of shape (B, G, S, D) = ({B}, G, S, {D}), got {tuple(key.shape)}")
     if H < 1 or G < 1 or H % G or D < 1:
-        raise ValueError(f"token_score: expected D >= 1 and heads of query a multiple of those of key, got H = {H}, G = {G}, D = {D}")
+        raise ValueError(f"token_score: expected D >= 1 and H a multiple of G >= 1, got H = {H}, G = {G}, D = {D}")
     if L >= 2**31 or S >= 2**31:
         raise ValueError(f"token_score: expected fewer than 2**31 rows and keys, got L = {L}, S = {S}")
     if heads not in HEADS:
@@ -108,10 +106,10 @@ def token_score(
 ) -> torch.Tensor:
     """How much attention each key receives from the rows: column sums of an attention matrix that is never stored.
 
-    Equivalent to ``(weight[:, None, :, None] * (scale * query @ key.mT - lse[..., None]).exp()).sum(2).mean(1)``, with 0 where a row
-    does not see a key. With the log-sum-exp that flash attention returns beside its output it costs half of that attention;
-    without, the op computes it, which takes as long again. Scores of this kind choose which visual tokens to keep (FastV, arXiv
-    2403.06764; VisionZip, 2412.04467; H2O, 2306.14048).
+    Equivalent to ``(weight[:, None, :, None] * (scale * query @ key.mT - lse[..., None]).exp()).sum(2).mean(1)``, with 0 where a
+    row does not see a key. With the log-sum-exp that flash attention returns beside its output it takes half of that attention's
+    operations; without, the op computes it, which takes as many again. Scores of this kind choose which visual tokens to keep
+    (FastV, arXiv 2403.06764; VisionZip, 2412.04467; H2O, 2306.14048).
 
     Args:
         query: (B, H, L, D) float32, float16 or bfloat16, any strides, on CPU or CUDA.

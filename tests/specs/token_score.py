@@ -12,8 +12,8 @@ from specs import Args, Bad, Case, Spec
 from specs.data import DATA
 
 
-def _case(name: str, sizes: tuple[int, ...], options: Mapping[str, Any] | None = None, data: str = "gauss", bench: bool = False) -> Case:
-    return Case(name, dict(zip("BHGLSD", sizes, strict=True)), options or {}, data, bench)
+def _case(name: str, sizes: tuple[int, ...], options: Mapping[str, Any] = {}, data: str = "gauss", bench: bool = False) -> Case:
+    return Case(name, dict(zip("BHGLSD", sizes, strict=True)), options, data, bench)
 
 
 CASES = (
