@@ -38,7 +38,6 @@ CASES = (
     _case("clip_l", (1, 2, 2, 577, 577, 64), {"heads": "none"}, "image"),
     _case("clip_l_336", (1, 16, 16, 577, 577, 64), {"lse": True}, "image", bench=True),
     _case("clip_l_336_alone", (1, 16, 16, 577, 577, 64), {}, "image", bench=True),
-    _case("llava_next_cls", (5, 16, 16, 577, 577, 64), {"weight": "first"}, "image", bench=True),
     _case("llava_next", (1, 32, 32, 2944, 2944, 128), {"causal": True, "lse": True}, bench=True),
     _case("llava_next_last", (1, 32, 32, 2944, 2944, 128), {"causal": True, "weight": "last"}, bench=True),
     _case("qwen_vl_windows", (1, 16, 16, 4096, 4096, 80), {"start": tuple(range(0, 4097, 64))}, bench=True),
@@ -51,8 +50,6 @@ def _weight(kind: str | None, B: int, L: int, generator: torch.Generator) -> tor
     weight = torch.rand(B, L, generator=generator) * torch.randint(0, 2, (B, L), generator=generator)
     if kind == "none":
         weight.zero_()
-    if kind == "first":
-        weight = torch.zeros(B, L).index_fill_(1, torch.arange(1), 1.0)
     if kind == "last":
         weight[:, : L - 37] = 0
     return weight
@@ -92,7 +89,7 @@ def _work(case: Case) -> float:
     B, H, L, S = (float(case.sizes[k]) for k in "BHLS")
     if "start" in case.options:
         L *= max((b - a for a, b in zip(case.options["start"], case.options["start"][1:], strict=False)), default=0) / max(S, 1)
-    rows = {"first": 1.0, "last": min(L, 37.0)}.get(case.options.get("weight", ""), L)
+    rows = min(L, 37.0) if case.options.get("weight") == "last" else L
     return B * H * rows * S * (0.5 if case.options.get("causal") and L == S and rows == L else 1.0)
 
 
