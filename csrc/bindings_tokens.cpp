@@ -7,6 +7,7 @@
 #include "ops/token_diverse.h"
 #include "ops/token_match.h"
 #include "ops/token_merge.h"
+#include "ops/token_score.h"
 #include "ops/token_select.h"
 #include "ops/token_similarity.h"
 
@@ -119,6 +120,39 @@ void similarity(const Raw& a_raw, const Raw& b_raw, const Raw& out, const Raw&, 
       place, token_similarity_cpu, EFFVLM_CUDA_FORM(token_similarity));
 }
 
+TokenScoreArgs score_args(const Raw& query_raw, const Raw& key_raw, const Optional& lse_raw, const Optional& weight_raw,
+                          const Optional& start_raw, bool causal, double scale, const std::string& heads, const Place& place) {
+  constexpr std::array<const char*, 4> kHeads = {"none", "mean", "sum", "max"};
+  const View query = view(query_raw), key = view(key_raw), lse = view(lse_raw), weight = view(weight_raw),
+             start = view(start_raw);
+  const auto found = std::find(kHeads.begin(), kHeads.end(), heads);
+  EFFVLM_CHECK(found != kHeads.end(), "token_score: unknown heads '%s'", heads.c_str());
+  TokenScoreArgs a{};
+  a.B = query.shape[0], a.H = query.shape[1], a.G = key.shape[1], a.L = query.shape[2], a.S = key.shape[2], a.D = query.shape[3];
+  a.dtype = query.dtype, a.query = query.data, a.key = key.data;
+  a.query_stride_b = query.stride[0], a.query_stride_h = query.stride[1], a.query_stride_l = query.stride[2];
+  a.query_stride_d = query.stride[3];
+  a.key_stride_b = key.stride[0], a.key_stride_g = key.stride[1], a.key_stride_s = key.stride[2], a.key_stride_d = key.stride[3];
+  a.lse = lse.as<float>(), a.lse_stride_b = lse.stride[0], a.lse_stride_h = lse.stride[1], a.lse_stride_l = lse.stride[2];
+  a.weight = weight.as<float>(), a.weight_stride_b = weight.stride[0], a.weight_stride_l = weight.stride[1];
+  a.start = start.as<std::int32_t>(), a.start_stride = start.stride[0], a.T = start_raw ? start.shape[0] - 1 : 0;
+  a.causal = causal, a.scale = static_cast<float>(scale), a.heads = static_cast<ScoreHeads>(found - kHeads.begin());
+  a.threads = std::get<2>(place);
+  return a;
+}
+
+std::int64_t score_workspace(const Raw& query, const Raw& key, const Optional& lse, const Optional& weight, const Optional& start,
+                             bool causal, double scale, const std::string& heads, const Place& place) {
+  return TokenScoreLayout(score_args(query, key, lse, weight, start, causal, scale, heads, place)).bytes;
+}
+
+void score(const Raw& query, const Raw& key, const Optional& lse, const Optional& weight, const Optional& start, bool causal,
+           double scale, const std::string& heads, const Raw& out, const Raw& workspace, const Place& place) {
+  TokenScoreArgs a = score_args(query, key, lse, weight, start, causal, scale, heads, place);
+  a.out = view(out).as<float>(), a.workspace = view(workspace).data;
+  run(a, place, token_score_cpu, EFFVLM_CUDA_FORM(token_score));
+}
+
 }  // namespace
 
 void bind_tokens(py::module_& m) {
@@ -134,6 +168,8 @@ void bind_tokens(py::module_& m) {
   m.def("token_select", &select);
   m.def("token_similarity_workspace", &similarity_workspace);
   m.def("token_similarity", &similarity);
+  m.def("token_score_workspace", &score_workspace);
+  m.def("token_score", &score);
 }
 
 }  // namespace effvlm

@@ -23,6 +23,7 @@ from effvlm.ops import (
     token_diverse,
     token_match,
     token_merge,
+    token_score,
     token_select,
     token_similarity,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "token_diverse",
     "token_match",
     "token_merge",
+    "token_score",
     "token_select",
     "token_similarity",
     "tokens",

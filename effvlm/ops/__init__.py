@@ -10,6 +10,7 @@ from effvlm.ops.token_apply import token_apply
 from effvlm.ops.token_diverse import token_diverse
 from effvlm.ops.token_match import TokenMatch, token_match
 from effvlm.ops.token_merge import TokenMerge, token_merge
+from effvlm.ops.token_score import token_score
 from effvlm.ops.token_select import TokenSelect, token_select
 from effvlm.ops.token_similarity import token_similarity
 
@@ -29,6 +30,7 @@ __all__ = [
     "token_diverse",
     "token_match",
     "token_merge",
+    "token_score",
     "token_select",
     "token_similarity",
 ]
