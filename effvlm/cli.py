@@ -105,6 +105,9 @@ def evaluate(
     method: Annotated[list[str] | None, typer.Option(help="A method of effvlm.tokens; may be given several times.")] = None,
     keep: Annotated[float, typer.Option(help="Share of the visual tokens that methods and controls keep, in (0, 1].")] = 0.25,
     recipe: RecipeFile = None,
+    attention: Annotated[
+        str, typer.Option(help="In the language model: plain, proportional (a token that stands for s counts s times), or both.")
+    ] = "plain",
     controls: Annotated[bool, typer.Option(help="Also random, evenly spaced and pooled tokens of the same budget.")] = True,
     model: Annotated[
         str | None, typer.Option(help="Folder or hub id of an image-text-to-text model; default: the demo VLM.")
@@ -122,7 +125,7 @@ def evaluate(
     if model is None:
         _quiet()
     outcomes = evaluation.run(
-        notes, methods=method or [], keep=keep, recipe=recipe, controls=controls, model=model, data=data, n=n, seed=seed
+        notes, methods=method or [], keep=keep, recipe=recipe, attention=attention, controls=controls, model=model, data=data, n=n, seed=seed
     )
     if as_json:
         print(json.dumps([o.to_dict() for o in outcomes]))

@@ -85,20 +85,31 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
     return min(1.0, 2 * tail)
 
 
-def settings(methods: Sequence[Method], keep: float | None, controls: bool) -> list[tuple[str, Method | None, bool]]:
-    """(name, method, whether it is a control): the unmodified model, the methods, and controls that keep as many tokens."""
+def settings(
+    methods: Sequence[Method], keep: float, controls: bool, attention: Sequence[str] = ("plain",)
+) -> list[tuple[str, Method | None, bool]]:
+    """(name, method, whether it is a control): the unmodified model, the methods, and controls that keep as many tokens.
+
+    Every method and control comes once with each kind of ``attention``; recipes have their own.
+    """
     rows: list[tuple[str, Method | None, bool]] = [("unmodified", None, False)]
-    rows += [(_name(m), m, False) for m in methods]
-    if controls and keep is not None:
-        rows += [(_name(c), c, True) for c in (kind(keep=keep) for kind in CONTROLS)]
+    everything = [(m, False) for m in methods] + [(kind(keep=keep), True) for kind in CONTROLS if controls]
+    for kind_of in attention:
+        for m, control in everything:
+            if not isinstance(m, Recipe):
+                m = Recipe([m], attention=kind_of)
+            if (_name(m), m, control) not in rows:
+                rows.append((_name(m), m, control))
     return rows
 
 
 def _name(method: Method) -> str:
     if isinstance(method, Recipe):
-        return " + ".join(_name(m) for m in method.methods) + (", renumbered" if method.positions == "renumbered" else "")
+        more = [f", {method.positions}"] * (method.positions != "original") + [", proportional"] * (method.attention != "plain")
+        return " + ".join(_name(m) for m in method.methods) + "".join(more)
     keep = getattr(method, "keep", None)
-    return type(method).__name__ + (f" {keep:.0%}" if isinstance(keep, float) else "")
+    place = " in the tower" if getattr(method, "at", "") == "vision" else ""
+    return type(method).__name__ + place + (f" {keep:.0%}" if isinstance(keep, (int, float)) else "")
 
 
 def method_named(name: str, keep: float) -> Method:
@@ -219,6 +230,7 @@ def run(
     methods: Sequence[str],
     keep: float,
     recipe: Path | None,
+    attention: str,
     controls: bool,
     model: str | None,
     data: Path | None,
@@ -233,11 +245,14 @@ def run(
         chosen = [method_named("ToMe", keep)]
     if (model is None) != (data is None):
         raise ValueError("evaluate: expected --model and --data together: the demo VLM has questions of its own, other models need yours")
-    rows = settings(chosen, keep, controls)
+    kinds = {"plain": ("plain",), "proportional": ("proportional",), "both": ("plain", "proportional")}
+    if attention not in kinds:
+        raise ValueError(f"evaluate: expected --attention plain, proportional or both, got {attention!r}")
+    rows = settings(chosen, keep, controls, kinds[attention])
     with notes.status("loading the model"):
         vlm, processor = load_model(model)
     ask, expected = _demo_questions(vlm, processor, n, seed) if data is None else _own_questions(vlm, processor, data)
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description:<30}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=notes, transient=True) as bars:
         tasks = {name: bars.add_task(name, total=len(expected), start=False) for name, _, _ in rows}
 

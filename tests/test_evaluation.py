@@ -77,6 +77,10 @@ def test_the_command_on_the_demo_model(capsys: pytest.CaptureFixture[str]) -> No
     assert set(rows[1]["versus_controls"]) == {"Random 50%", "Stride 50%", "Pool 50%"}
     assert all(r["low"] <= r["accuracy"] <= r["high"] for r in rows)
     assert rows[0]["accuracy"] > 0.9
+    arguments = ["evaluate", "--n", "8", "--method", "ToMe", "--keep", "0.5", "--no-controls", "--json"]
+    code, out, _ = _run(capsys, *arguments, "--attention", "both")
+    assert [r["name"] for r in json.loads(out)] == ["unmodified", "ToMe 50%", "ToMe 50%, proportional"]
+    assert _run(capsys, *arguments, "--attention", "most")[0] == 1
 
 
 def test_the_command_on_questions_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,7 +110,7 @@ def test_forward(case: tuple[str, Any], left: bool) -> None:
         got = model(**inputs).logits
     with torch.no_grad():
         expected = model(**_oracle(model, reducer, inputs, positions_for_forward)).logits
-    keep = reducer._keep
+    keep = reducer._sizes > 0
     for row in range(4):
         real = keep[row] & (inputs["attention_mask"][row] > 0)
         mine = got[row, -int(real.sum()) :] if left else got[row, : int(real.sum())]
@@ -170,3 +170,50 @@ def test_a_cache_of_the_users_own(case: tuple[str, Any]) -> None:
     with effvlm.reduce(model, Stride(keep=0.4)) as reducer:
         got = _generate(model, {**inputs, "past_key_values": DynamicCache(config=model.config.get_text_config())})
     _assert_same(got, _generate(model, _oracle(model, reducer, inputs, positions_for_generate)))
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_onevision", "qwen2_5_vl", "internvl"])
+@pytest.mark.parametrize("method", [ToMe(keep=0.4), Stride(keep=0.4)], ids=["merge", "drop"])
+def test_proportional_attention_adds_log_sizes(family: str, method: Method) -> None:
+    """Against the whole sequence with a mask that holds the logarithm of what each key stands for."""
+    model = tiny_vlms.make(family)
+    inputs = tiny_vlms.batch(family, model, 3)
+    with effvlm.reduce(model, Recipe([method], attention="proportional")) as reducer, torch.no_grad():
+        got = model(**inputs).logits
+    whole = _oracle(model, reducer, inputs, positions_for_forward)
+    sizes, length = reducer._sizes, inputs["input_ids"].shape[1]
+    visual = inputs["input_ids"] == tiny_vlms.IMAGE
+    assert torch.allclose(sizes[visual].sum(), visual.sum().float())
+    assert (sizes[visual] > 1).any()
+    seen = torch.ones(length, length, dtype=torch.bool).tril()[None, None] & (whole["attention_mask"] > 0)[:, None, None]
+    whole["attention_mask"] = torch.where(seen, sizes.clamp_min(1e-9).log()[:, None, None], torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        expected = model(**whole).logits
+    for row in range(3):
+        real = (sizes[row] > 0) & (inputs["attention_mask"][row] > 0)
+        assert (got[row, -int(real.sum()) :] - expected[row, real]).abs().max() <= LIMIT
+
+
+def test_proportional_attention_in_every_way_of_generating() -> None:
+    """Steps, chunks, beams of one, turns and texts in between give what one forward over everything gives."""
+    model = tiny_vlms.make("llava")
+    inputs, recipe = tiny_vlms.batch("llava", model, 2), Recipe([ToMe(keep=0.4)], attention="proportional")
+    plain = _generate(model, {"input_ids": inputs["input_ids"][:, -6:]})
+    with effvlm.reduce(model, recipe):
+        out = _generate(model, inputs)
+        chunked = _generate(model, inputs, prefill_chunk_size=7)
+        beam = _generate(model, inputs, num_beams=3)
+        text = _generate(model, {"input_ids": inputs["input_ids"][:, -6:]})
+        ids = out.sequences[:, :-1]
+        mask = torch.cat([inputs["attention_mask"], torch.ones(2, ids.shape[1] - inputs["attention_mask"].shape[1]).long()], 1)
+        with torch.no_grad():
+            place = positions_for_generate(model, {"input_ids": ids, "attention_mask": mask}, 0)
+            again = model(**{**inputs, "input_ids": ids, "attention_mask": mask, "position_ids": place}).logits[:, -4:]
+    for step, logits in enumerate(out.logits):
+        assert (logits - again[:, step]).abs().max() <= LIMIT
+        assert (logits - chunked.logits[step]).abs().max() <= LIMIT
+    assert beam.sequences.shape == out.sequences.shape
+    assert all(torch.equal(a, b) for a, b in zip(text.logits, plain.logits, strict=True))
+    assert model.config.text_config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match="a with block"):
+        effvlm.reduce(model, recipe)(inputs)

@@ -218,7 +218,7 @@ def _paligemma() -> Any:
 
 def _gemma4() -> Any:
     text = tf.Gemma4TextConfig(
-        **{**_TEXT, "num_hidden_layers": 4}, head_dim=8, global_head_dim=8, sliding_window=256, hidden_size_per_layer_input=8,
+        **{**_TEXT, "num_hidden_layers": 4, "initializer_range": 0.1}, head_dim=8, global_head_dim=8, sliding_window=256, hidden_size_per_layer_input=8,
         vocab_size_per_layer_input=VOCAB, num_kv_shared_layers=0,
         layer_types=["sliding_attention", "full_attention"] * 2,
     )  # fmt: skip
@@ -264,7 +264,7 @@ def make(family: str) -> Any:
     model = FAMILIES[family].make().eval()
     for p in model.parameters():
         if not bool(p.any()):  # so that parts which begin at zero take part
-            torch.nn.init.normal_(p, std=0.1)
+            torch.nn.init.normal_(p, std=0.1 if p.dim() == 1 else 0.02)
     return model
 
 

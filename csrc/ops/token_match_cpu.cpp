@@ -25,7 +25,7 @@ struct Scratch {
 // Where screening pays: enough pairs for int8 to outweigh the rounding, and sums that stay inside 32 bits.
 bool pick_screened([[maybe_unused]] const TokenMatchArgs& a) {
 #if defined(__AVX512VNNI__)
-  return a.N >= 128 && a.C >= 64 && a.C <= kInt8MaxK;
+  return a.N >= kMatchScreened && a.C >= 64 && a.C <= kInt8MaxK;
 #else
   return false;
 #endif

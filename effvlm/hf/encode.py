@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 import time
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from effvlm.hf.families import family_of
+from effvlm.hf.layouts import Layout
 from effvlm.hf.merging import Merging
 from effvlm.hf.report import Report, Stage
 from effvlm.hf.trace import Trace
 from effvlm.hf.watch import Watch
 from effvlm.tokens import Plan, Recipe, Text, Tokens
+from effvlm.tokens.combines import nearest
+from effvlm.tokens.groups import Image
 from effvlm.tokens.merges import Bipartite
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -48,6 +50,7 @@ class Encoder:
         report.stages = [Stage(type(s.do).__name__, s.at) for s in (*self.inside, *self.after)]
         self.traces: dict[str, Trace] = {}
         self.expansion = 1
+        self.proportional = recipe.attention == "proportional"
 
     def _check_inside(self) -> None:
         if not self.inside:
@@ -56,8 +59,8 @@ class Encoder:
             raise ValueError("reduce: expected at most one step in the vision tower, a bipartite matching such as ToMe's")
         if not self.family.merges:
             raise ValueError(
-                f"reduce: {self.model.config.model_type} needs its whole grid after the vision tower, so tokens cannot be merged inside; "
-                "use at='projector'"
+                f"reduce: {self.model.config.model_type} makes each token of several patches after the vision tower, so that merging them "
+                "inside saves none; use at='projector'"
             )
         Merging(self.tower, self.inside[0].do, self._layers())
 
@@ -70,13 +73,13 @@ class Encoder:
         total: int = config.vision_config.num_hidden_layers
         return layer if layer >= 0 else total + 1 + layer
 
-    def __call__(self, ids: torch.Tensor, inputs: dict[str, Any], keep: torch.Tensor) -> dict[str, Any]:
+    def __call__(self, ids: torch.Tensor, inputs: dict[str, Any], sizes: torch.Tensor) -> dict[str, Any]:
         """``mm_encoder_outputs``; pixels are taken out of ``inputs``.
 
         Args:
             ids: (B, L) int64, with the placeholders of the images that are to be encoded.
             inputs: the model's inputs.
-            keep: (B, L) bool, in which the places of the tokens that are gone become False.
+            sizes: (B, L) float32, which get how many tokens each place stands for: 0 where it is gone.
         """
         outputs: dict[str, Any] = {}
         used: set[str] = set()
@@ -86,8 +89,8 @@ class Encoder:
             known = {k: inputs[k] for k in inspect.signature(encode).parameters if k != "kwargs" and inputs.get(k) is not None}
             used |= set(known)
             visual = ids == self._placeholder(modality)
-            outputs[modality], stays = self._modality(modality, encode, known, visual, inputs)
-            keep[visual] = stays.to(keep.device)
+            outputs[modality], new = self._modality(modality, encode, known, visual, inputs)
+            sizes[visual] = new.to(sizes.device)
         for name in used:
             inputs.pop(name)
         return outputs
@@ -98,22 +101,20 @@ class Encoder:
     def _modality(
         self, modality: str, encode: Any, known: dict[str, Any], visual: torch.Tensor, inputs: dict[str, Any]
     ) -> tuple[Any, torch.Tensor]:
-        """One modality's encoder output with fewer tokens, and which of its placeholders stay."""
+        """One modality's encoder output with fewer tokens, and the sizes of its placeholders, 0 for those that are gone."""
         begin = time.perf_counter()
         watch = Watch(self.tower, self.needs)
         merging = Merging(self.tower, self.inside[0].do, self._layers()) if self.inside else None  # type: ignore[arg-type]
         with watch.encoding() if merging is None else merging.encoding():
             encoded = encode(**known, return_dict=True)
         encoded_at = time.perf_counter()
-        if merging is not None:
-            before, plan, tokens = self._merged(encoded, visual, known, merging)
-        else:
-            before = tokens = self._tokens(encoded, visual, known, watch, inputs)
-            plan = Plan.keeping(tokens, torch.ones(len(tokens), dtype=torch.bool, device=tokens.x.device))
+        before, layouts = self._tokens(encoded, visual, known, watch, inputs)
         if int(visual.sum()) != len(before):
             raise ValueError(f"reduce: expected one {modality} placeholder per visual token, got {int(visual.sum())} for {len(before)}")
-        for stage, step in zip(self.report.stages[len(self.inside) :], self.after, strict=True):
-            later = step.do.plan(tokens)
+        tokens, plan = before, Plan.keeping(before, torch.ones(len(before), dtype=torch.bool, device=before.x.device))
+        for stage, step in zip(self.report.stages, (*self.inside, *self.after), strict=True):
+            inside = merging is not None and step.at == "vision"
+            later = self._merged(tokens, layouts, merging.cluster) if inside else step.do.plan(tokens)  # type: ignore[union-attr]
             stage.tokens_in, stage.tokens_out = stage.tokens_in + len(tokens), stage.tokens_out + later.new
             tokens, plan = later.apply(tokens), plan.then(later)
         _write(encoded, tokens, rows=len(visual), expansion=self.expansion)
@@ -121,9 +122,9 @@ class Encoder:
         self.traces[modality] = Trace(before, plan)
         self.report.encode_seconds += encoded_at - begin
         self.report.reduce_seconds += time.perf_counter() - encoded_at
-        stays = torch.zeros(plan.old, dtype=torch.bool, device=plan.anchor.device)
-        stays[plan.anchor] = True
-        return encoded, stays
+        sizes = torch.zeros(plan.old, device=plan.anchor.device)
+        sizes[plan.anchor] = standing_for(before, plan) if self.proportional else 1.0
+        return encoded, sizes
 
     def _record(self, before: Tokens, plan: Plan) -> None:
         new = [b - a for a, b in zip(plan.images, plan.images[1:], strict=False)]
@@ -134,7 +135,9 @@ class Encoder:
         self.report.tokens_out += plan.new
         self.report.changed += sum(m < n for m, n in zip(new, before.counts(), strict=True))
 
-    def _tokens(self, encoded: Any, visual: torch.Tensor, known: dict[str, Any], watch: Watch, inputs: dict[str, Any]) -> Tokens:
+    def _tokens(
+        self, encoded: Any, visual: torch.Tensor, known: dict[str, Any], watch: Watch, inputs: dict[str, Any]
+    ) -> tuple[Tokens, list[Layout]]:
         """The tokens of all images, with their places and what the recipe wants to know of them."""
         rows = list(encoded.pooler_output)
         if self.family.runs:
@@ -146,22 +149,19 @@ class Encoder:
             signals[Text()] = self._likeness(torch.cat(rows), visual, inputs)
         side = [torch.cat(list(level)) for level in getattr(encoded, "deepstack_features", None) or ()]
         video = [layout.video for layout in layouts]
-        return Tokens.of(rows, place=place, protected=place[:, 1] < 0, side=side, signals=signals, video=video)
+        tokens = Tokens.of(rows, place=place, protected=place[:, 1] < 0, side=side, signals=signals, video=video)
+        return tokens, layouts
 
-    def _merged(
-        self, encoded: Any, visual: torch.Tensor, known: dict[str, Any], merging: Merging
-    ) -> tuple[Tokens, Plan, Tokens]:
-        """What the tower began with (without features), the plan of its merges, and its tokens after them."""
-        features = torch.cat([f.flatten(0, -2) for f in encoded.pooler_output])
-        B = len(encoded.pooler_output)
-        N = int(visual.sum()) // B
-        place = torch.cat([layout.place for layout in self.family.layout(self.model, known, [N] * B)])
-        before = Tokens.of(features.new_zeros((B, N, 1)), place=place)
-        first = torch.arange(B, device=features.device)[:, None] * N
-        plan = Plan.assigning(before, (merging.anchor_of(B, N).to(features.device) + first).flatten())
-        self.report.stages[0].tokens_in += plan.old
-        self.report.stages[0].tokens_out += plan.new
-        return before, plan, replace(plan.apply(before), x=features)
+    def _merged(self, tokens: Tokens, layouts: list[Layout], cluster: torch.Tensor | None) -> Plan:
+        """The plan that leaves one token of all whose patches the tower merged, at the place of the first."""
+        own = torch.arange(len(tokens), device=tokens.x.device)
+        if cluster is None:
+            return Plan.assigning(tokens, own)
+        patches = torch.cat([layout.patches[:, 0] for layout in layouts]).to(own.device)
+        label = torch.where(patches < 0, cluster.numel() + own, cluster.flatten().to(own.device)[patches])
+        _, label = torch.unique(label, return_inverse=True)
+        first = own.new_full((len(own),), len(own)).scatter_reduce(0, label, own, "amin")
+        return Plan.assigning(tokens, first[label])
 
     def _order(self, known: dict[str, Any]) -> torch.Tensor | None:
         """Qwen2.5-VL's tower works on patches in the order of its windows: the patch at each place."""
@@ -185,6 +185,25 @@ class Encoder:
         unit = torch.nn.functional.normalize(embedded, dim=-1) * text[..., None]
         mean = unit.sum(1) / text.sum(1, keepdim=True).clamp_min(1)
         return (torch.nn.functional.normalize(x.float(), dim=-1) * mean[visual.nonzero()[:, 0]].to(x.device)).sum(-1)
+
+
+def standing_for(before: Tokens, plan: Plan) -> torch.Tensor:
+    """(M,) float32: how many old tokens each new one stands for, all of them together for all.
+
+    A token that went into several counts in equal parts; one that was dropped counts where it is most alike, in its image.
+    """
+    source = plan.source.long()
+    times = torch.bincount(source, minlength=plan.old)
+    sizes = plan.sums(1 / times.clamp_min(1).float())
+    gone = times == 0
+    if bool(gone.any()):
+        there = torch.zeros_like(gone)
+        there[plan.anchor] = True
+        into = nearest(before, before.x, gone, there & ~before.protected, Image())
+        row = torch.empty_like(into)
+        row[plan.anchor] = torch.arange(plan.new, device=row.device)
+        sizes += torch.bincount(row[into[gone]], minlength=plan.new)
+    return sizes
 
 
 def _joined(tiles: list[torch.Tensor], visual: torch.Tensor) -> list[torch.Tensor]:

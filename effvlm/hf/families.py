@@ -17,7 +17,7 @@ class Family:
     Attributes:
         layout: which patches are behind each token.
         tower: attribute of the vision tower in ``model.base_model``.
-        merges: whether tokens may be merged inside the tower: what follows takes any number of them.
+        merges: whether tokens may be merged inside the tower: a patch makes a token.
         first_position: position id of the first token.
         runs: whether an image's tokens are the placeholders in a row, rather than an entry of the encoder's output (tiles).
     """
@@ -31,8 +31,8 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "llava": Family(layouts.one_grid, merges=True),
-    "llava_next": Family(layouts.any_resolution),
-    "llava_onevision": Family(layouts.any_resolution),
+    "llava_next": Family(layouts.any_resolution, merges=True),
+    "llava_onevision": Family(layouts.any_resolution, merges=True),
     "qwen2_5_vl": Family(layouts.native, "visual"),
     "qwen3_vl": Family(layouts.native, "visual"),
     "qwen3_vl_moe": Family(layouts.native, "visual"),

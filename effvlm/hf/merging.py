@@ -12,7 +12,7 @@ import torch
 from effvlm.hf.attention import attention_modules, listening
 from effvlm.ops.token_match import token_match
 from effvlm.ops.token_merge import token_merge
-from effvlm.tokens.merges import Bipartite, anchors
+from effvlm.tokens.merges import Bipartite
 
 _PARTS = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
 
@@ -32,7 +32,7 @@ class Merging:
     def __init__(self, tower: torch.nn.Module, how: Bipartite, layers: int) -> None:
         self.tower, self.how, self.layers = tower, how, layers
         self.prefix = int(any(n.endswith(("class_embedding", "cls_token")) for n, _ in tower.named_parameters()))
-        modules = attention_modules(tower)
+        self._modules = modules = attention_modules(tower)
         owners = {id(m): layer for layer in tower.modules() for m in (getattr(layer, "self_attn", None),) if m is not None}
         self._blocks = [owners.get(id(m)) for m in modules]
         for block in self._blocks:
@@ -42,6 +42,7 @@ class Merging:
                     "use at='projector'"
                 )
         self.groups: list[torch.Tensor] = []  # (B, N) int32 per layer
+        self.cluster: torch.Tensor | None = None  # (B, N) int64, the same number for places that share a token
         self._size: torch.Tensor | None = None
         self._keys: torch.Tensor | None = None
         self._pairs: list[int] = []
@@ -49,16 +50,20 @@ class Merging:
     @contextlib.contextmanager
     def encoding(self) -> Iterator[None]:
         """The tower runs inside this block."""
+        hook = self.tower.register_forward_hook(self._restore)
         try:
             for index, block in enumerate(self._blocks):
                 block.forward = partial(self._forward, block, index)  # type: ignore[union-attr]
-            with listening(self.tower, self):
+            with listening(self._modules, self):
                 yield
         finally:
+            hook.remove()
             for block in self._blocks:
                 vars(block).pop("forward", None)
 
-    def bias(self, query: torch.Tensor) -> torch.Tensor | None:
+    hears = True
+
+    def bias(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
         """Proportional attention: a key that stands for s tokens counts s times."""
         if self._size is None or not self.how.proportional:
             return None
@@ -69,7 +74,7 @@ class Merging:
 
     def _forward(self, block: Any, index: int, hidden_states: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> torch.Tensor:
         if index == 0:
-            self.groups, self._size = [], None
+            self.groups, self._size, self.cluster = [], None, None
             self._pairs = self.how.schedule(self.layers, hidden_states.shape[1] - self.prefix)
         if attention_mask is not None:
             raise ValueError("reduce: expected images without padding to merge tokens in the vision tower; use at='projector'")
@@ -92,13 +97,24 @@ class Merging:
         self._size = size if self.how.weighted else None
         return out
 
-    def anchor_of(self, B: int, N: int) -> torch.Tensor:
-        """(B, N) int64: for each of the tower's tokens the one whose place its merged token has."""
-        device = self.groups[0].device if self.groups else torch.device("cpu")
-        place = torch.arange(N, device=device).expand(B, N)  # of each living token among the original ones
-        member = place  # which living token each original one belongs to
-        for group in self.groups:
-            M = int(group.max()) + 1 if group.numel() else 0
-            place = place.gather(1, anchors(group, M))
+    def _restore(self, tower: torch.nn.Module, args: Any, output: Any) -> Any:
+        """What follows the tower expects whole grids: every place gets the features of the token that it was merged into."""
+        if not self.groups:
+            return output
+        member = self.groups[0].long()
+        for group in self.groups[1:]:
             member = group.long().gather(1, member)
-        return place.gather(1, member)
+        merged = int(self.groups[-1].max()) + 1
+        self.cluster = member + torch.arange(len(member), device=member.device)[:, None] * merged
+        prefix = torch.arange(self.prefix, device=member.device).expand(len(member), -1)
+        index = torch.cat([prefix, member + self.prefix], dim=1)
+
+        def whole(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor) or x.dim() != 3 or x.shape[1] != merged + self.prefix:
+                return x
+            return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+        output.last_hidden_state = whole(output.last_hidden_state)
+        if output.get("hidden_states") is not None:
+            output.hidden_states = tuple(whole(x) for x in output.hidden_states)
+        return output

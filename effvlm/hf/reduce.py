@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 
+from effvlm.hf.attention import language_attention, listening
 from effvlm.hf.encode import Encoder, pixels_of
 from effvlm.hf.positions import positions_for_forward, positions_for_generate
+from effvlm.hf.proportional import Proportional
 from effvlm.hf.report import Report
 from effvlm.hf.rows import Rows
 from effvlm.hf.trace import Trace
@@ -42,20 +45,25 @@ class Reducer:
         self.recipe = method if isinstance(method, Recipe) else Recipe([method])
         self.report = Report()
         self._encoder = Encoder(model, self.recipe, self.report)
-        self._hook: Any = None
-        self._keep = torch.empty(0)  # (B, L) bool: the columns of the last prompt that stayed
+        self._undo = ExitStack()
+        self._proportional = Proportional()
+        self._sizes = torch.empty(0)  # (B, L): how many tokens each place of the last prompt stands for, 0 where it is gone
         self._kept: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()  # the same, by the cache that holds them
 
     def __enter__(self) -> Reducer:
         if "generate" in vars(self.model):
             raise RuntimeError("reduce: this model is already inside effvlm.reduce; leave that block first")
-        self._hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        self.model.generate = self._generate
+        with ExitStack() as undo:
+            undo.callback(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True).remove)
+            if self._encoder.proportional:
+                undo.enter_context(listening(language_attention(self.model), self._proportional))
+            self.model.generate = self._generate
+            undo.callback(delattr, self.model, "generate")
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        del self.model.generate
-        self._hook.remove()
+        self._undo.close()
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,8 +74,11 @@ class Reducer:
                 default to what ``generate`` would use. Inputs without images come back as they are.
 
         Raises:
-            ValueError: no ``input_ids``, or placeholders that do not match the images.
+            ValueError: no ``input_ids``, placeholders that do not match the images, or a recipe with proportional attention, which
+                changes the model and so needs the block.
         """
+        if self._encoder.proportional and "generate" not in vars(self.model):
+            raise ValueError("reduce: expected a with block for a recipe with attention='proportional'; inputs alone cannot say sizes")
         return self._reduced(dict(inputs), positions_for_generate)
 
     def trace(self, image: Image, index: int = 0, crop: int | None = None) -> Image:
@@ -85,7 +96,7 @@ class Reducer:
     def _reduced(self, inputs: dict[str, Any], positions: Any, known: torch.Tensor | None = None) -> dict[str, Any]:
         """``inputs`` reduced; ``positions`` (model, inputs, first new column) makes the position ids where there are none.
 
-        ``known`` (B, L₁) bool says what was kept of the first L₁ columns, whose keys and values a cache already holds.
+        ``known`` (B, L₁) are the sizes of the first L₁ columns, whose keys and values a cache already holds.
         """
         if not pixels_of(inputs) and known is None:
             return inputs
@@ -99,18 +110,19 @@ class Reducer:
             self._refuse_renumbering(inputs)
         elif inputs.get("position_ids") is None:
             inputs["position_ids"] = positions(self.model, inputs, 0 if known is None else known.shape[1])
-        keep = torch.ones_like(ids, dtype=torch.bool)
+        sizes = torch.ones(ids.shape, device=ids.device)
         if known is not None:
-            keep[:, : known.shape[1]] = known.to(keep.device)
+            sizes[:, : known.shape[1]] = known.to(sizes.device)
         if pixels_of(inputs):
             new = ids if known is None else torch.cat([ids.new_full(known.shape, -1), ids[:, known.shape[1] :]], dim=1)
-            inputs["mm_encoder_outputs"] = self._encoder(new, inputs, keep)
-        rows = Rows.keeping(keep, inputs["attention_mask"])
+            inputs["mm_encoder_outputs"] = self._encoder(new, inputs, sizes)
+        rows = Rows.keeping(sizes > 0, inputs["attention_mask"])
         pad = getattr(self.model.config, "pad_token_id", None)
         for name, value in {"input_ids": 0 if pad is None else pad, **_FILL}.items():
             if inputs.get(name) is not None:
                 inputs[name] = rows.take(inputs[name].expand(*inputs[name].shape[:-2], *ids.shape), value)
-        self._keep = keep
+        self._sizes = sizes
+        self._proportional.begin(rows.take(sizes, 1) if self._encoder.proportional else None)
         return inputs
 
     def _refuse_renumbering(self, inputs: dict[str, Any]) -> None:
@@ -124,6 +136,9 @@ class Reducer:
         inputs = {**named.arguments, **named.arguments.get("kwargs", {})}
         inputs.pop("kwargs", None)
         if not pixels_of(inputs):
+            cache = inputs.get("past_key_values")
+            if inputs.get("mm_encoder_outputs") is None and (cache is None or cache.get_seq_length() == 0):
+                self._proportional.begin(None)  # a new text
             return args, kwargs
         with torch.no_grad():
             return (), self._reduced(inputs, positions_for_forward)
@@ -136,6 +151,7 @@ class Reducer:
         cache = kwargs.get("past_key_values")
         known = None if cache is None else self._kept.get(cache)
         if not pixels_of(kwargs) and known is None:
+            self._proportional.begin(None)
             return generate(self.model, None, *args, **kwargs)
         self._check_generate(kwargs)
         prompt = kwargs["input_ids"]
@@ -149,7 +165,7 @@ class Reducer:
         is_tensor = isinstance(out, torch.Tensor)
         for cache in (kwargs.get("past_key_values"), None if is_tensor else out.get("past_key_values")):
             if cache is not None and self._encoder.expansion == 1:
-                self._kept[cache] = self._keep  # for the next turn
+                self._kept[cache] = self._sizes  # for the next turn
         if is_tensor:
             return _with_prompt(out, prompt, gone)
         out.sequences = _with_prompt(out.sequences, prompt, gone)

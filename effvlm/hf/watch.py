@@ -38,13 +38,15 @@ class Watch:
         """The tower runs inside this block."""
         with contextlib.ExitStack() as stack:
             if self.signals:
-                stack.enter_context(listening(self.tower, self))
+                stack.enter_context(listening(self._modules, self))
             if self.pixels:
                 hook = self.tower.register_forward_pre_hook(self._see, with_kwargs=True)
                 stack.callback(hook.remove)
             yield
 
-    def bias(self, query: torch.Tensor) -> None:
+    hears = True
+
+    def bias(self, query: torch.Tensor, key: torch.Tensor) -> None:
         """Nothing is added to the attention."""
 
     def heard(self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor | None, **more: Any) -> None:

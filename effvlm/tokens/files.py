@@ -28,8 +28,8 @@ def _classes() -> dict[str, type]:
 
 def to_text(recipe: Recipe) -> str:
     """YAML text of a recipe, defaults left out."""
-    methods = [_plain(m) for m in recipe.methods]
-    return yaml.safe_dump({"positions": recipe.positions, "methods": methods}, sort_keys=False)
+    fields = {"positions": recipe.positions, "attention": recipe.attention, "methods": [_plain(m) for m in recipe.methods]}
+    return yaml.safe_dump(fields, sort_keys=False)
 
 
 def _plain(value: Any) -> Any:
@@ -62,10 +62,11 @@ def from_source(cls: type[Recipe], source: str | Path) -> Recipe:
         data = {"methods": data}
     if not isinstance(data, dict) or not isinstance(data.get("methods"), list):
         raise ValueError("Recipe: expected a mapping with a list called methods, such as 'methods: [{ToMe: {keep: 0.25}}]'")
-    unknown = sorted(set(data) - {"methods", "positions"})
+    unknown = sorted(set(data) - {"methods", "positions", "attention"})
     if unknown:
-        raise ValueError(f"Recipe: expected methods and positions, got {unknown[0]!r}")
-    return cls([_built(m) for m in data["methods"]], **{k: v for k, v in data.items() if k == "positions"})
+        raise ValueError(f"Recipe: expected methods, positions and attention, got {unknown[0]!r}")
+    methods = [_built(m) for m in data.pop("methods")]
+    return cls(methods, **data)
 
 
 def _built(value: Any) -> Any:

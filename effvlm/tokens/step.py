@@ -79,10 +79,13 @@ class Recipe:
         methods: methods and steps; those in the vision tower come first.
         positions: ``"original"``, every token keeps its position id; ``"renumbered"``, ids without gaps, as many released methods
             have them (it costs accuracy wherever places matter).
+        attention: ``"plain"``, or ``"proportional"``: in the language model a token that stands for s tokens counts s times, as
+            ToMe has it in the tower. Tokens that were dropped count where they are most alike.
     """
 
     methods: Sequence[Method]
     positions: str = "original"
+    attention: str = "plain"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "methods", tuple(self.methods))
@@ -91,6 +94,8 @@ class Recipe:
                 raise TypeError(f"Recipe: expected methods such as effvlm.tokens.ToMe(keep=0.25), got {m!r}")
         if self.positions not in ("original", "renumbered"):
             raise ValueError(f"Recipe: expected positions 'original' or 'renumbered', got {self.positions!r}")
+        if self.attention not in ("plain", "proportional"):
+            raise ValueError(f"Recipe: expected attention 'plain' or 'proportional', got {self.attention!r}")
 
     def steps(self) -> tuple[Step, ...]:
         """All steps; those of the vision tower before the others."""
