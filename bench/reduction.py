@@ -32,8 +32,13 @@ from effvlm.tokens.merges import Bipartite
 
 Row = dict[str, Any]
 CLIP_L = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
-}  # fmt: skip
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
 
 
 def medians(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -118,8 +123,13 @@ def _eager(vision: Any, pixels: torch.Tensor) -> None:
 def _llava(layers: int) -> tuple[Any, dict[str, torch.Tensor]]:
     """LLaVA-1.5-7B's shape with that many of its 32 language layers."""
     text = tf.LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers, num_attention_heads=32, vocab_size=32064, max_position_embeddings=4096
-    )  # fmt: skip
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        vocab_size=32064,
+        max_position_embeddings=4096,
+    )
     config = tf.LlavaConfig(vision_config=tf.CLIPVisionConfig(**CLIP_L), text_config=text, image_token_index=32000)
     with torch.device("meta"):
         model = tf.LlavaForConditionalGeneration(config)
@@ -133,15 +143,29 @@ def _llava(layers: int) -> tuple[Any, dict[str, torch.Tensor]]:
 def _anyres() -> tuple[Any, dict[str, torch.Tensor]]:
     """LLaVA-OneVision-0.5B's shape on a picture of 768 × 768: five crops, 3,699 visual tokens."""
     vision = tf.SiglipVisionConfig(
-        hidden_size=1152, intermediate_size=4304, num_hidden_layers=26, num_attention_heads=16, image_size=384, patch_size=14,
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=26,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=14,
         vision_use_head=False,
-    )  # fmt: skip
+    )
     text = tf.Qwen2Config(
-        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, vocab_size=152000,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        vocab_size=152000,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     config = tf.LlavaOnevisionConfig(
-        vision_config=vision, text_config=text, image_token_index=151646, video_token_index=151647, image_grid_pinpoints=[[768, 768]]
+        vision_config=vision,
+        text_config=text,
+        image_token_index=151646,
+        video_token_index=151647,
+        image_grid_pinpoints=[[768, 768]],
     )
     with torch.device("meta"):
         model = tf.LlavaOnevisionForConditionalGeneration(config)
@@ -260,16 +284,32 @@ def show(rows: list[Row]) -> None:
         table.add_row(r["setting"], str(r["batch"]), f"{r['ms']:.0f}", f"{r['over']:+.1%}")
     console.print(table)
     table = Table(title="time to first token", title_justify="left")
-    for column in ("model", "setting", "tokens", "first token s", "faster", "of free random", "reducing, of unmodified", "per token ms", "peak MB"):
+    for column in (
+        "model",
+        "setting",
+        "tokens",
+        "first token s",
+        "faster",
+        "of free random",
+        "reducing, of unmodified",
+        "per token ms",
+        "peak MB",
+    ):
         table.add_column(column)
     for r in (r for r in rows if r["part"] != "tower"):
         mine = {x["setting"]: x for x in rows if x["part"] == r["part"]}
         base, free = mine["unmodified"]["ttft"], mine["free random"]["ttft"]
         table.add_row(
-            r["part"], r["setting"], str(r.get("tokens", "")), f"{r['ttft']:.2f}", f"{base / r['ttft']:.2f}×", f"{free / r['ttft']:.2f}",
-            f"{r['overhead'] / base:.1%}" if "overhead" in r else "", f"{1e3 * r['per_token']:.0f}" if "per_token" in r else "",
+            r["part"],
+            r["setting"],
+            str(r.get("tokens", "")),
+            f"{r['ttft']:.2f}",
+            f"{base / r['ttft']:.2f}×",
+            f"{free / r['ttft']:.2f}",
+            f"{r['overhead'] / base:.1%}" if "overhead" in r else "",
+            f"{1e3 * r['per_token']:.0f}" if "per_token" in r else "",
             f"{r['peak_memory_mb']:.0f}" if r.get("peak_memory_mb") else "",
-        )  # fmt: skip
+        )
     console.print(table)
 
 

@@ -76,7 +76,9 @@ def answer(
     """The answer with what it took: ``answer``, ``visual_tokens_in``, ``visual_tokens_out``, ``seconds`` of ``generate``."""
     picture = open_image(image)
     if trace is not None and method is None:
-        raise ValueError("run: expected --keep below 1 or a --recipe together with --trace, which draws what became of the tokens")
+        raise ValueError(
+            "run: expected --keep below 1 or a --recipe together with --trace, which draws what became of the tokens"
+        )
     with notes.status("loading the model"):
         vlm, processor = load_model(model)
     reducer = reduce(vlm, method) if method else None  # whole, any model will do

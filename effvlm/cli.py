@@ -1,4 +1,5 @@
-"""The shell: ``effvlm demo | run | evaluate | compress | info``. People's side of things; what is computed is decided elsewhere."""
+"""The shell: ``effvlm demo | run | evaluate | compress | info``. People's side of things; what is computed is decided
+elsewhere."""
 
 from __future__ import annotations
 
@@ -125,7 +126,16 @@ def evaluate(
     if model is None:
         _quiet()
     outcomes = evaluation.run(
-        notes, methods=method or [], keep=keep, recipe=recipe, attention=attention, controls=controls, model=model, data=data, n=n, seed=seed
+        notes,
+        methods=method or [],
+        keep=keep,
+        recipe=recipe,
+        attention=attention,
+        controls=controls,
+        model=model,
+        data=data,
+        n=n,
+        seed=seed,
     )
     if as_json:
         print(json.dumps([o.to_dict() for o in outcomes]))

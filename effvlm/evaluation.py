@@ -81,7 +81,7 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
     only_a = sum(x and not y for x, y in zip(a, b, strict=True))
     only_b = sum(y and not x for x, y in zip(a, b, strict=True))
     n, k = only_a + only_b, min(only_a, only_b)
-    tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
+    tail: float = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
     return min(1.0, 2 * tail)
 
 
@@ -244,7 +244,9 @@ def run(
     if not chosen:
         chosen = [method_named("ToMe", keep)]
     if (model is None) != (data is None):
-        raise ValueError("evaluate: expected --model and --data together: the demo VLM has questions of its own, other models need yours")
+        raise ValueError(
+            "evaluate: expected --model and --data together: the demo VLM has questions of its own, other models need yours"
+        )
     kinds = {"plain": ("plain",), "proportional": ("proportional",), "both": ("plain", "proportional")}
     if attention not in kinds:
         raise ValueError(f"evaluate: expected --attention plain, proportional or both, got {attention!r}")

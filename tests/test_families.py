@@ -1,4 +1,5 @@
-"""Every family against an oracle: the whole sequence, the reduced features at their anchors' places, all other visual tokens masked."""
+"""Every family against an oracle: the whole sequence, the reduced features at their anchors' places, all other visual tokens
+masked."""
 
 from __future__ import annotations
 
@@ -61,7 +62,13 @@ def _oracle(model: Any, reducer: effvlm.hf.reduce.Reducer, inputs: dict[str, Any
 def _generate(model: Any, inputs: dict[str, Any], **options: Any) -> Any:
     torch.manual_seed(0)
     return model.generate(
-        **inputs, max_new_tokens=4, min_new_tokens=4, return_dict_in_generate=True, output_logits=True, output_scores=True, **{"do_sample": False, **options}
+        **inputs,
+        max_new_tokens=4,
+        min_new_tokens=4,
+        return_dict_in_generate=True,
+        output_logits=True,
+        output_scores=True,
+        **{"do_sample": False, **options},
     )
 
 
@@ -127,7 +134,9 @@ def test_two_turns(case: tuple[str, Any], rows: int) -> None:
         ids = torch.cat([first.sequences, more], dim=1)
         mask = torch.cat([mask, mask.new_ones((rows, ids.shape[1] - mask.shape[1]))], dim=1)
         extra = {} if family.startswith(("qwen", "gemma4")) else tiny_vlms.FAMILIES[family].extra(ids)
-        return _generate(model, {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values, **extra, **fixed})
+        return _generate(
+            model, {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values, **extra, **fixed}
+        )
 
     with effvlm.reduce(model, ToMe(keep=0.4)) as reducer:
         first = _generate(model, inputs)

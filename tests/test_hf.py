@@ -200,7 +200,7 @@ def test_an_unknown_family_is_refused_by_name() -> None:
     llama = AutoModelForCausalLM.from_config(
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
-    with pytest.raises(ValueError, match="llava, .*, got 'llama'"):
+    with pytest.raises(ValueError, match=r"llava, .*, got 'llama'"):
         effvlm.reduce(llama, ToMe())
     llama.config.model_type = "mllama"
     with pytest.raises(ValueError, match="cross-attention states"):
@@ -215,7 +215,9 @@ def _state_of_classes() -> str:
 
     lines = []
     for name, module in sorted(sys.modules.items()):
-        if name.startswith(("transformers.models.llava", "transformers.models.clip", "transformers.models.llama", "transformers.generation")):
+        if name.startswith(
+            ("transformers.models.llava", "transformers.models.clip", "transformers.models.llama", "transformers.generation")
+        ):
             for key, value in sorted(vars(module).items()):
                 if isinstance(value, type) and value.__module__ == name:
                     lines += [f"{name}.{key}.{k}={id(v)}" for k, v in sorted(vars(value).items()) if k != "__abstractmethods__"]
@@ -291,7 +293,9 @@ def test_beams_over_uneven_images_are_refused_where_they_would_be_wrong() -> Non
     import tiny_vlms
 
     model = tiny_vlms.make("gemma3")
-    uneven = effvlm.tokens.Step(effvlm.tokens.Select(effvlm.tokens.picks.Top(effvlm.tokens.scores.Chance(), effvlm.tokens.budgets.Above(0.6))))
+    uneven = effvlm.tokens.Step(
+        effvlm.tokens.Select(effvlm.tokens.picks.Top(effvlm.tokens.scores.Chance(), effvlm.tokens.budgets.Above(0.6)))
+    )
     inputs = tiny_vlms.batch("gemma3", model, 2)
     with effvlm.reduce(model, uneven) as reducer:
         generate(model, inputs)

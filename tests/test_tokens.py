@@ -9,7 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effvlm.tokens import METHODS, DivPrune, PixelPrune, Plan, Random, Recipe, Select, Step, Stride, Tokens, ToMe, VisionZip, apply
+from effvlm.tokens import (
+    METHODS,
+    DivPrune,
+    PixelPrune,
+    Plan,
+    Random,
+    Recipe,
+    Select,
+    Step,
+    Stride,
+    Tokens,
+    ToMe,
+    VisionZip,
+    apply,
+)
 from effvlm.tokens.budgets import Count, FillTo, Keep, kept
 from effvlm.tokens.groups import Crop, Image, Segments, Window
 from effvlm.tokens.merges import Bipartite, density_peaks

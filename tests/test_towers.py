@@ -88,7 +88,14 @@ def test_signals_are_those_of_the_attention_matrix(family: str) -> None:
     inputs, layouts = _inputs(family, model)
     if family == "gemma4":  # one image a call, so that a row of the mask speaks for all
         inputs, layouts = {k: v[:1] for k, v in inputs.items()}, layouts[:1]
-    wanted = [Attention(-2), Attention(0.5, "all", "max"), Attention(-1, "all", "sum"), Attention(-1, "cls", "none"), Keys(-2), Keys(1, "all")]
+    wanted = [
+        Attention(-2),
+        Attention(0.5, "all", "max"),
+        Attention(-1, "all", "sum"),
+        Attention(-1, "cls", "none"),
+        Keys(-2),
+        Keys(1, "all"),
+    ]
     found = []
     for kind in (Watch, _Dense):
         watch = kind(_tower(family, model), wanted)
@@ -118,7 +125,9 @@ def test_windows_are_put_back_in_order() -> None:
     """Qwen2.5-VL's tower works window by window; pixels tell which token a signal belongs to."""
     model = tiny_vlms.make("qwen2_5_vl")
     batch = tiny_vlms.batch("qwen2_5_vl", model, 2)
-    with effvlm.reduce(model, effvlm.tokens.Step(effvlm.tokens.Select(combine=effvlm.tokens.combines.Nearest(Keys(0))))) as reducer:
+    with effvlm.reduce(
+        model, effvlm.tokens.Step(effvlm.tokens.Select(combine=effvlm.tokens.combines.Nearest(Keys(0))))
+    ) as reducer:
         model.generate(**batch, max_new_tokens=1)
         plain = reducer._encoder.traces["image"].before.signals[Keys(0)]
         patch = 4 * 17  # of token 17, far from its place in the order of windows
@@ -165,7 +174,10 @@ def _merged_by_hand(tower: Any, pixels: torch.Tensor, layers: int, keep: float, 
         pairs = Bipartite(keep).schedule(layers, len(x) - prefix)
         for layer, r in zip(tower.encoder.layers, pairs, strict=False):
             attention, y = layer.self_attn, layer.layer_norm1(x)
-            q, k, v = (p(y).view(len(x), attention.num_heads, -1).transpose(0, 1) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+            q, k, v = (
+                p(y).view(len(x), attention.num_heads, -1).transpose(0, 1)
+                for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
             sizes = torch.tensor([float(len(m)) for m in members])
             p = (q @ k.mT * attention.scale + sizes.log()).softmax(-1)
             x = x + attention.out_proj((p @ v).transpose(0, 1).flatten(1))

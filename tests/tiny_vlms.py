@@ -23,14 +23,22 @@ _TEXT = {
     "eos_token_id": 2,
     "initializer_range": 0.2,
 }
-_CLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 24, "patch_size": 4}
+_CLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 24,
+    "patch_size": 4,
+}
 _SIGLIP = {**_CLIP, "vision_use_head": False}
 Inputs = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """One family: ``make`` builds the model, ``picture`` (model, image number) what one image adds to the inputs, and its tokens."""
+    """One family: ``make`` builds the model, ``picture`` (model, image number) what one image adds to the inputs, and its
+    tokens."""
 
     make: Callable[[], Any]
     picture: Callable[[Any, int], tuple[Inputs, int]]
@@ -55,7 +63,13 @@ def _square(model: Any, number: int) -> tuple[Inputs, int]:
 
 def _llava() -> Any:
     return tf.LlavaForConditionalGeneration(
-        tf.LlavaConfig(vision_config=tf.CLIPVisionConfig(**_CLIP), text_config=_llama(), image_token_index=IMAGE, vision_feature_layer=-2, pad_token_id=PAD)
+        tf.LlavaConfig(
+            vision_config=tf.CLIPVisionConfig(**_CLIP),
+            text_config=_llama(),
+            image_token_index=IMAGE,
+            vision_feature_layer=-2,
+            pad_token_id=PAD,
+        )
     )
 
 
@@ -65,7 +79,10 @@ _SIZES = [(20, 44), (46, 40), (40, 22), (24, 24)]  # heights and widths of pictu
 
 def _next() -> Any:
     config = tf.LlavaNextConfig(
-        vision_config=tf.CLIPVisionConfig(**_CLIP), text_config=_llama(), image_token_index=IMAGE, image_grid_pinpoints=_PINPOINTS,
+        vision_config=tf.CLIPVisionConfig(**_CLIP),
+        text_config=_llama(),
+        image_token_index=IMAGE,
+        image_grid_pinpoints=_PINPOINTS,
         pad_token_id=PAD,
     )
     return tf.LlavaNextForConditionalGeneration(config)
@@ -110,9 +127,13 @@ def _qwen2_5() -> Any:
         "out_hidden_size": 32,
     }
     config = tf.Qwen2_5_VLConfig(
-        text_config={**_TEXT, **_mrope()}, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO,
-        vision_start_token_id=7, vision_end_token_id=8,
-    )  # fmt: skip
+        text_config={**_TEXT, **_mrope()},
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=7,
+        vision_end_token_id=8,
+    )
     return tf.Qwen2_5_VLForConditionalGeneration(config)
 
 
@@ -128,8 +149,12 @@ def _qwen3_parts() -> dict[str, Any]:
         "deepstack_visual_indexes": [0, 1, 2],
     }
     return {
-        "vision_config": vision, "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 7, "vision_end_token_id": 8,
-    }  # fmt: skip
+        "vision_config": vision,
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+        "vision_start_token_id": 7,
+        "vision_end_token_id": 8,
+    }
 
 
 def _qwen3() -> Any:
@@ -173,9 +198,14 @@ def _types(ids: torch.Tensor) -> Inputs:
 def _internvl() -> Any:
     vision = tf.InternVLVisionConfig(**{**_CLIP, "image_size": [24, 24], "patch_size": [4, 4]})
     config = tf.InternVLConfig(
-        vision_config=vision, text_config=_qwen2(), image_token_id=IMAGE, image_seq_length=9, downsample_ratio=0.5, vision_feature_layer=-1,
+        vision_config=vision,
+        text_config=_qwen2(),
+        image_token_id=IMAGE,
+        image_seq_length=9,
+        downsample_ratio=0.5,
+        vision_feature_layer=-1,
         vision_feature_select_strategy="default",
-    )  # fmt: skip
+    )
     return tf.InternVLForConditionalGeneration(config)
 
 
@@ -204,30 +234,55 @@ def _stacked(model: Any, number: int) -> tuple[Inputs, int]:
 
 
 def _gemma3() -> Any:
-    text = tf.Gemma3TextConfig(**_TEXT, head_dim=8, sliding_window=256, layer_types=["sliding_attention"] * 2 + ["full_attention"])
-    config = tf.Gemma3Config(text_config=text, vision_config=tf.SiglipVisionConfig(**_SIGLIP), mm_tokens_per_image=9, image_token_id=IMAGE)
+    text = tf.Gemma3TextConfig(
+        **_TEXT, head_dim=8, sliding_window=256, layer_types=["sliding_attention"] * 2 + ["full_attention"]
+    )
+    config = tf.Gemma3Config(
+        text_config=text, vision_config=tf.SiglipVisionConfig(**_SIGLIP), mm_tokens_per_image=9, image_token_id=IMAGE
+    )
     return tf.Gemma3ForConditionalGeneration(config)
 
 
 def _paligemma() -> Any:
     text = tf.GemmaConfig(**_TEXT, head_dim=8)
     vision = tf.SiglipVisionConfig(**_SIGLIP, projection_dim=32)
-    config = tf.PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, projection_dim=32, hidden_size=32, pad_token_id=PAD)
+    config = tf.PaliGemmaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE, projection_dim=32, hidden_size=32, pad_token_id=PAD
+    )
     return tf.PaliGemmaForConditionalGeneration(config)
 
 
 def _gemma4() -> Any:
     text = tf.Gemma4TextConfig(
-        **{**_TEXT, "num_hidden_layers": 4, "initializer_range": 0.1}, head_dim=8, global_head_dim=8, sliding_window=256, hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=VOCAB, num_kv_shared_layers=0,
+        **{**_TEXT, "num_hidden_layers": 4, "initializer_range": 0.1},
+        head_dim=8,
+        global_head_dim=8,
+        sliding_window=256,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCAB,
+        num_kv_shared_layers=0,
         layer_types=["sliding_attention", "full_attention"] * 2,
-    )  # fmt: skip
+    )
     vision = tf.Gemma4VisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, head_dim=8,
-        patch_size=4, position_embedding_size=64, pooling_kernel_size=2,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+        patch_size=4,
+        position_embedding_size=64,
+        pooling_kernel_size=2,
+    )
     return tf.Gemma4ForConditionalGeneration(
-        tf.Gemma4Config(text_config=text, vision_config=vision, audio_config=None, image_token_id=IMAGE, video_token_id=VIDEO, audio_token_id=9)
+        tf.Gemma4Config(
+            text_config=text,
+            vision_config=vision,
+            audio_config=None,
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            audio_token_id=9,
+        )
     )
 
 

@@ -1,4 +1,5 @@
-"""An attention function that listens, under transformers' registry of attention functions: scores, keys and proportional attention.
+"""An attention function that listens, under transformers' registry of attention functions: scores, keys and proportional
+attention.
 
 Modules use it only while :func:`listening` runs for them; models elsewhere never see it.
 """
@@ -25,7 +26,9 @@ class Listener(Protocol):
     def hears(self) -> bool:
         """Whether it wants to be told."""
 
-    def heard(self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor | None, **more: Any) -> None:
+    def heard(
+        self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor | None, **more: Any
+    ) -> None:
         """(B, H, L, D) queries and keys, and (B, H, L) log-sum-exp of the rows where it is at hand."""
 
 
@@ -50,7 +53,9 @@ def _attention(
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         return out, None
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise ValueError("reduce: this model's attention caps its logits or has sinks, which proportional attention does not know")
+        raise ValueError(
+            "reduce: this model's attention caps its logits or has sinks, which proportional attention does not know"
+        )
     mask = attention_mask
     if mask is None and query.shape[2] > 1 and kwargs.get("is_causal", getattr(module, "is_causal", False)):
         mask = torch.ones((query.shape[2], key.shape[2]), dtype=torch.bool, device=query.device)
@@ -90,7 +95,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)  # without it, masks would silently be left out
 
 
-def attention_modules(tower: torch.nn.Module) -> list[torch.nn.Module]:
+def attention_modules(tower: torch.nn.Module) -> list[Any]:
     """The self-attention of each layer of a vision tower, in order.
 
     Raises:
@@ -104,9 +109,9 @@ def attention_modules(tower: torch.nn.Module) -> list[torch.nn.Module]:
     raise ValueError(f"reduce: expected a vision tower whose layers have one attention each, got {type(tower).__name__}")
 
 
-def language_attention(model: torch.nn.Module) -> list[torch.nn.Module]:
+def language_attention(model: Any) -> list[Any]:
     """The self-attention modules of a model's language model."""
-    kind = type(model.config.get_text_config())  # type: ignore[operator, union-attr]
+    kind = type(model.config.get_text_config())
     found = [m for m in model.modules() if type(m).__name__.endswith("Attention") and type(getattr(m, "config", None)) is kind]
     if not found:
         raise ValueError(f"reduce: expected a language model with attention in {type(model).__name__}, found none")
@@ -114,7 +119,7 @@ def language_attention(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 @contextlib.contextmanager
-def listening(modules: list[torch.nn.Module], listener: Listener) -> Iterator[None]:
+def listening(modules: list[Any], listener: Listener) -> Iterator[None]:
     """Inside the block, ``listener`` hears every call of these modules; their configuration is put back afterwards."""
     register()
     configs = {id(m.config): m.config for m in modules}  # a tower's modules share one

@@ -59,8 +59,8 @@ class Encoder:
             raise ValueError("reduce: expected at most one step in the vision tower, a bipartite matching such as ToMe's")
         if not self.family.merges:
             raise ValueError(
-                f"reduce: {self.model.config.model_type} makes each token of several patches after the vision tower, so that merging them "
-                "inside saves none; use at='projector'"
+                f"reduce: {self.model.config.model_type} makes each token of several patches after the vision tower, "
+                "so that merging them inside saves none; use at='projector'"
             )
         Merging(self.tower, self.inside[0].do, self._layers())
 
@@ -110,7 +110,9 @@ class Encoder:
         encoded_at = time.perf_counter()
         before, layouts = self._tokens(encoded, visual, known, watch, inputs)
         if int(visual.sum()) != len(before):
-            raise ValueError(f"reduce: expected one {modality} placeholder per visual token, got {int(visual.sum())} for {len(before)}")
+            raise ValueError(
+                f"reduce: expected one {modality} placeholder per visual token, got {int(visual.sum())} for {len(before)}"
+            )
         tokens, plan = before, Plan.keeping(before, torch.ones(len(before), dtype=torch.bool, device=before.x.device))
         for stage, step in zip(self.report.stages, (*self.inside, *self.after), strict=True):
             inside = merging is not None and step.at == "vision"
@@ -129,7 +131,9 @@ class Encoder:
     def _record(self, before: Tokens, plan: Plan) -> None:
         new = [b - a for a, b in zip(plan.images, plan.images[1:], strict=False)]
         if any(m == 0 < n for m, n in zip(new, before.counts(), strict=True)):
-            raise ValueError("reduce: expected a recipe that keeps some token of each image, got one that dropped all of an image's")
+            raise ValueError(
+                "reduce: expected a recipe that keeps some token of each image, got one that dropped all of an image's"
+            )
         self.report.images += before.images
         self.report.tokens_in += len(before)
         self.report.tokens_out += plan.new
@@ -172,7 +176,8 @@ class Encoder:
         grid = known["video_grid_thw"] if "video_grid_thw" in known else known["image_grid_thw"]
         tower, unit = self.tower, self.tower.spatial_merge_size**2
         index, _ = get_vision_window_index(grid, tower.spatial_merge_size, tower.window_size, tower.patch_size)
-        return (index[:, None] * unit + torch.arange(unit, device=index.device)).flatten()
+        order: torch.Tensor = (index[:, None] * unit + torch.arange(unit, device=index.device)).flatten()
+        return order
 
     def _likeness(self, x: torch.Tensor, visual: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """(N,) mean cosine of each visual token with the embeddings of the text in its row of the batch."""
@@ -184,7 +189,8 @@ class Encoder:
         embedded = self.model.get_input_embeddings()(inputs["input_ids"].masked_fill(other, 0)).float()
         unit = torch.nn.functional.normalize(embedded, dim=-1) * text[..., None]
         mean = unit.sum(1) / text.sum(1, keepdim=True).clamp_min(1)
-        return (torch.nn.functional.normalize(x.float(), dim=-1) * mean[visual.nonzero()[:, 0]].to(x.device)).sum(-1)
+        likeness: torch.Tensor = torch.nn.functional.normalize(x.float(), dim=-1) * mean[visual.nonzero()[:, 0]].to(x.device)
+        return likeness.sum(-1)
 
 
 def standing_for(before: Tokens, plan: Plan) -> torch.Tensor:
@@ -223,7 +229,8 @@ def _write(encoded: Any, tokens: Tokens, *, rows: int, expansion: int) -> None:
     """The reduced features in place of the encoder's, in the container that the model expects.
 
     Raises:
-        ValueError: the model takes one tensor, which cannot say how many tokens each of several images has, and ``generate`` would
+        ValueError: the model takes one tensor, which cannot say how many tokens each of several images has, and ``generate``
+        would
             have to repeat them.
     """
     split = list(tokens.x.split(tokens.counts()))
@@ -233,8 +240,8 @@ def _write(encoded: Any, tokens: Tokens, *, rows: int, expansion: int) -> None:
         encoded.pooler_output = torch.stack(split)
     elif expansion > 1 and rows > 1:
         raise ValueError(
-            "reduce: this model takes its images as one tensor, so that beams over a batch need the same number of tokens from each, "
-            f"got {tokens.counts()}; generate row by row, or use a method with a fixed budget"
+            "reduce: this model takes its images as one tensor, so that beams over a batch need the same number of tokens "
+            f"from each, got {tokens.counts()}; generate row by row, or use a method with a fixed budget"
         )
     else:
         encoded.pooler_output = tokens.x[None]

@@ -60,8 +60,8 @@ def family_of(model: Any) -> Family:
         )
     if model_type == "mllama":
         raise ValueError(
-            "reduce: Mllama keeps images out of the sequence, in cross-attention states that transformers computes inside forward and "
-            "offers no public way to shorten; got 'mllama', which is not supported"
+            "reduce: Mllama keeps images out of the sequence, in cross-attention states that transformers computes inside "
+            "forward and offers no public way to shorten; got 'mllama', which is not supported"
         )
     if model_type not in FAMILIES:
         raise ValueError(f"reduce: expected a model of type {', '.join(sorted(FAMILIES))}, got {model_type!r}, not supported yet")

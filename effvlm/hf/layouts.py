@@ -1,4 +1,5 @@
-"""Where the visual tokens of each family come from: crop or frame, row, column, and the vision tower's patches behind each token."""
+"""Where the visual tokens of each family come from: crop or frame, row, column, and the vision tower's patches behind each
+token."""
 
 from __future__ import annotations
 
@@ -89,7 +90,9 @@ def _tiled(inside: torch.Tensor, patches: int, counts: Counts) -> list[Layout]:
     found, first = [], 0
     for n in counts:
         number = n // len(inside)
-        crop = (torch.arange(number) + 1) % number if number > 1 else torch.zeros(1, dtype=torch.long)  # the last one is the overview
+        crop = (
+            (torch.arange(number) + 1) % number if number > 1 else torch.zeros(1, dtype=torch.long)
+        )  # the last one is the overview
         place = square_place(len(inside)).repeat(number, 1)
         place[:, 0] = crop.repeat_interleave(len(inside))
         offset = (torch.arange(number).repeat_interleave(len(inside)) + first) * patches

@@ -38,8 +38,8 @@ class Merging:
         for block in self._blocks:
             if block is None or any(not hasattr(block, part) for part in _PARTS):
                 raise ValueError(
-                    f"reduce: expected a vision tower with layers of {', '.join(_PARTS)} to merge tokens in, got {type(tower).__name__}; "
-                    "use at='projector'"
+                    f"reduce: expected a vision tower with layers of {', '.join(_PARTS)} to merge tokens in, "
+                    f"got {type(tower).__name__}; use at='projector'"
                 )
         self.groups: list[torch.Tensor] = []  # (B, N) int32 per layer
         self.cluster: torch.Tensor | None = None  # (B, N) int64, the same number for places that share a token
@@ -69,10 +69,14 @@ class Merging:
             return None
         return self._size.log()[:, None, None, :]
 
-    def heard(self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor | None, **more: Any) -> None:
+    def heard(
+        self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor | None, **more: Any
+    ) -> None:
         self._keys = key
 
-    def _forward(self, block: Any, index: int, hidden_states: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> torch.Tensor:
+    def _forward(
+        self, block: Any, index: int, hidden_states: torch.Tensor, attention_mask: Any = None, **kwargs: Any
+    ) -> torch.Tensor:
         if index == 0:
             self.groups, self._size, self.cluster = [], None, None
             self._pairs = self.how.schedule(self.layers, hidden_states.shape[1] - self.prefix)

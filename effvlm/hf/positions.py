@@ -10,8 +10,13 @@ import torch
 from effvlm.hf.families import family_of
 
 _OF_POSITIONS = (
-    "input_ids", "attention_mask", "image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids",
-)  # fmt: skip
+    "input_ids",
+    "attention_mask",
+    "image_grid_thw",
+    "video_grid_thw",
+    "second_per_grid_ts",
+    "mm_token_type_ids",
+)
 
 
 def positions_for_generate(model: Any, inputs: dict[str, Any], first: int) -> torch.Tensor:
@@ -26,7 +31,9 @@ def positions_for_generate(model: Any, inputs: dict[str, Any], first: int) -> to
     ids = known["input_ids"]
     if first:
         if known.get("image_grid_thw") is not None or known.get("video_grid_thw") is not None:
-            raise ValueError("reduce: expected new images of this model together with the old ones and without a cache, got a cache")
+            raise ValueError(
+                "reduce: expected new images of this model together with the old ones and without a cache, got a cache"
+            )
         known["past_key_values"] = inputs["past_key_values"]
         known.pop("mm_token_type_ids", None)  # those of the old images
     positions: torch.Tensor = model._prepare_position_ids_for_generation(ids, known)

@@ -74,11 +74,14 @@ class Reducer:
                 default to what ``generate`` would use. Inputs without images come back as they are.
 
         Raises:
-            ValueError: no ``input_ids``, placeholders that do not match the images, or a recipe with proportional attention, which
+            ValueError: no ``input_ids``, placeholders that do not match the images, or a recipe with proportional attention,
+            which
                 changes the model and so needs the block.
         """
         if self._encoder.proportional and "generate" not in vars(self.model):
-            raise ValueError("reduce: expected a with block for a recipe with attention='proportional'; inputs alone cannot say sizes")
+            raise ValueError(
+                "reduce: expected a with block for a recipe with attention='proportional'; inputs alone cannot say sizes"
+            )
         return self._reduced(dict(inputs), positions_for_generate)
 
     def trace(self, image: Image, index: int = 0, crop: int | None = None) -> Image:
@@ -181,7 +184,9 @@ class Reducer:
             return value
 
         if option("use_cache") is False:
-            raise ValueError("reduce: expected use_cache=True; without a cache, positions with gaps are taken for packed sequences")
+            raise ValueError(
+                "reduce: expected use_cache=True; without a cache, positions with gaps are taken for packed sequences"
+            )
         self._encoder.expansion = max(option("num_beams") or 1, option("num_return_sequences") or 1)
 
 

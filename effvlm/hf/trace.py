@@ -62,7 +62,8 @@ class Trace:
         return cover
 
     def _cells(self, index: int, crop: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows of the old tokens to draw; how much of each goes anywhere; its new token where that has several members, else −1."""
+        """Rows of the old tokens to draw; how much of each goes anywhere; its new token where that has several members, else
+        −1."""
         if not 0 <= index < self.before.images:
             raise ValueError(f"trace: expected an image in 0 … {self.before.images - 1} of the last call, got {index}")
         place, image = self.before.place, self.before.image()

@@ -22,14 +22,14 @@ class Watch:
     """
 
     def __init__(self, tower: torch.nn.Module, signals: Sequence[Signal]) -> None:
-        self.tower = tower
+        self.tower: Any = tower
         self.signals = [s for s in signals if isinstance(s, (Attention, Keys))]
         self.pixels = any(isinstance(s, Pixels) for s in signals)
         self._found: dict[Signal, list[torch.Tensor]] = {s: [] for s in self.signals}
         self._pixels: list[torch.Tensor] = []
         self._wanted: dict[int, list[Attention | Keys]] = {}
         self.prefix = int(any(n.endswith(("class_embedding", "cls_token")) for n, _ in tower.named_parameters()))
-        self._modules: list[torch.nn.Module] = attention_modules(tower) if self.signals else []
+        self._modules: list[Any] = attention_modules(tower) if self.signals else []
         for s in self.signals:
             self._wanted.setdefault(id(self._modules[layer_index(s.layer, len(self._modules))]), []).append(s)
 
@@ -49,7 +49,9 @@ class Watch:
     def bias(self, query: torch.Tensor, key: torch.Tensor) -> None:
         """Nothing is added to the attention."""
 
-    def heard(self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor | None, **more: Any) -> None:
+    def heard(
+        self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor | None, **more: Any
+    ) -> None:
         for s in self._wanted.get(id(module), ()):
             if isinstance(s, Keys):
                 found = key.mean(1) if s.heads == "mean" else key.transpose(1, 2).flatten(2)

@@ -1,6 +1,7 @@
 """Visual tokens: methods that reduce them, one file each, for :func:`effvlm.reduce`, and the parts that methods are made of.
 
-A method is a frozen dataclass; its ``steps()`` say where in the model which reduction happens. A reduction picks tokens (by scores,
+A method is a frozen dataclass; its ``steps()`` say where in the model which reduction happens. A reduction picks tokens (by
+scores,
 within groups, as many as a budget allows) and combines the others with them, or merges by matching, pooling or clustering; its
 plan, a sparse map, moves everything that belongs to a token.
 """
@@ -69,14 +70,66 @@ from effvlm.tokens.visionzip import VisionZip
 from effvlm.tokens.vscan import VScan
 
 METHODS = (
-    AIM, AcFormer, BVLLM, CDPruner, DART, DivPrune, DyCoke, EVS, FoPru, GlobalCom2, HiPrune, LFTR, MustDrop, PixelPrune, Pool, PruMerge,
-    PruneVid, Random, SemClip, SliME, Stride, ToMe, VScan, VisionZip,
-)  # fmt: skip
+    AIM,
+    AcFormer,
+    BVLLM,
+    CDPruner,
+    DART,
+    DivPrune,
+    DyCoke,
+    EVS,
+    FoPru,
+    GlobalCom2,
+    HiPrune,
+    LFTR,
+    MustDrop,
+    PixelPrune,
+    Pool,
+    PruMerge,
+    PruneVid,
+    Random,
+    SemClip,
+    SliME,
+    Stride,
+    ToMe,
+    VScan,
+    VisionZip,
+)
 # What recipes in files may name the classes of.
 MODULES = (
-    acformer, aim, budgets, bvllm, cdpruner, combines, dart, divprune, dycoke, evs, fopru, globalcom2, groups, hiprune, lftr, merges,
-    mustdrop, picks, pixelprune, pool, prumerge, prunevid, random, scores, semclip, signals, slime, step, stride, tome, visionzip, vscan,
-)  # fmt: skip
+    acformer,
+    aim,
+    budgets,
+    bvllm,
+    cdpruner,
+    combines,
+    dart,
+    divprune,
+    dycoke,
+    evs,
+    fopru,
+    globalcom2,
+    groups,
+    hiprune,
+    lftr,
+    merges,
+    mustdrop,
+    picks,
+    pixelprune,
+    pool,
+    prumerge,
+    prunevid,
+    random,
+    scores,
+    semclip,
+    signals,
+    slime,
+    step,
+    stride,
+    tome,
+    visionzip,
+    vscan,
+)
 
 __all__ = [
     "AIM",

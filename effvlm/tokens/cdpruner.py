@@ -14,7 +14,8 @@ from effvlm.tokens.step import Select, Step
 class CDPruner:
     """Greedy MAP of a determinantal point process with kernel r_i · cos(x_i, x_j) · r_j.
 
-    The paper's relevance r is the min-max of the *negated* cosine with CLIP's text embedding (``negate``). A VLM comes without CLIP's
+    The paper's relevance r is the min-max of the *negated* cosine with CLIP's text embedding (``negate``). A VLM comes without
+    CLIP's
     text tower, so the default is the cosine with the prompt's embeddings in the language model; any score can take its place.
 
     Args:

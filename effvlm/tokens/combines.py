@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -37,8 +38,8 @@ class Nearest:
 
     Attributes:
         by: the signal to compare; None: the features themselves.
-        how: ``"mean"``, of all members; ``"size"``, weighted by size; ``"target_plus_mean"``, the picked token plus the mean of those
-            that joined it.
+        how: ``"mean"``, of all members; ``"size"``, weighted by size; ``"target_plus_mean"``, the picked token plus the mean of
+            those that joined it.
         into: number of the pick (of a union) whose tokens may be joined; 0: any.
     """
 
@@ -66,16 +67,14 @@ class Nearest:
         return Plan.assigning(tokens, anchor, weight, mean=False)
 
 
-def nearest(
-    tokens: Tokens, features: torch.Tensor, source: torch.Tensor, target: torch.Tensor, group: Group
-) -> torch.Tensor:
-    """(N,) int64: for each token of ``source`` the ``target`` of its group with the highest cosine (ties: the lowest); −1 elsewhere,
-    and where a group has no target."""
+def nearest(tokens: Tokens, features: torch.Tensor, source: torch.Tensor, target: torch.Tensor, group: Group) -> torch.Tensor:
+    """(N,) int64: for each token of ``source`` the ``target`` of its group with the highest cosine (ties: the lowest); −1
+    elsewhere, and where a group has no target."""
     unit = torch.nn.functional.normalize(features.float(), dim=-1)
     parts = Segments.of(tokens, group)
     anchor = torch.full((len(tokens),), -1, dtype=torch.long, device=unit.device)
     bounds = parts.start.tolist()
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in itertools.pairwise(bounds):
         rows = parts.order[a:b]
         here, there = rows[source[rows]], rows[target[rows]]
         if len(here) and len(there):
@@ -118,7 +117,10 @@ class Absorb:
             if self.rest and len(others):
                 parts.append((int(others[weight[others].argmax()]), others, weight[others]))
             for anchor, i, v in sorted(parts, key=lambda part: part[0]):
-                source.append(i), values.append(v), members.append(len(i)), anchors.append(anchor)
+                source.append(i)
+                values.append(v)
+                members.append(len(i))
+                anchors.append(anchor)
         device = unit.device
         return Plan.listing(
             tokens,

@@ -11,7 +11,8 @@ from effvlm.tokens.step import Select, Step
 
 @dataclass(frozen=True)
 class DivPrune:
-    """Greedy max-min of cosine distances: first the token furthest from its nearest, then always the one furthest from all chosen.
+    """Greedy max-min of cosine distances: first the token furthest from its nearest, then always the one furthest from all
+    chosen.
 
     Args:
         keep: share of the tokens to keep, in (0, 1]; the paper's default is 0.098.

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from effvlm.tokens.step import Recipe
 
@@ -29,7 +29,7 @@ def _classes() -> dict[str, type]:
 def to_text(recipe: Recipe) -> str:
     """YAML text of a recipe, defaults left out."""
     fields = {"positions": recipe.positions, "attention": recipe.attention, "methods": [_plain(m) for m in recipe.methods]}
-    return yaml.safe_dump(fields, sort_keys=False)
+    return str(yaml.safe_dump(fields, sort_keys=False))
 
 
 def _plain(value: Any) -> Any:

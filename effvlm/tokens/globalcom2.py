@@ -17,7 +17,8 @@ from effvlm.tokens.tokens import Tokens
 class ByThumbnail:
     """Crop 0 of each image is its thumbnail, the others tile it.
 
-    The thumbnail keeps ``share`` of its tokens by CLS attention. Crop j keeps share · (1 + softmax_j(s_j / tau) − mean), where s_j is the
+    The thumbnail keeps ``share`` of its tokens by CLS attention. Crop j keeps share · (1 + softmax_j(s_j / tau) − mean), where
+    s_j is the
     thumbnail's attention that falls into it; inside a crop rank l2(own attention) + l2(thumbnail's attention, resized).
     """
 

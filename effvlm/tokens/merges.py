@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -19,8 +20,8 @@ from effvlm.tokens.tokens import Tokens
 class Bipartite:
     """Bipartite soft matching (ToMe, arXiv 2210.09461, §3), repeated until ``keep`` of each group's tokens are left.
 
-    Every round merges at most half of the tokens into their most similar partner. In the vision tower (``Step(at="vision")``) there
-    is one round per layer, on the layer's keys: ``r`` pairs, or as many as lead to ``keep`` at the end.
+    Every round merges at most half of the tokens into their most similar partner. In the vision tower (``Step(at="vision")``)
+    there is one round per layer, on the layer's keys: ``r`` pairs, or as many as lead to ``keep`` at the end.
 
     Attributes:
         keep: share of the tokens to keep.
@@ -72,7 +73,7 @@ class Bipartite:
         busy = False
         for rows, target in _batches(tokens, self.group, targets):
             N = rows.shape[1]
-            if N > target:
+            if target < N:
                 M, busy = max(target, N - N // 2), True
                 group = token_match(tokens.x[rows], N - M, metric=self.metric).group
                 anchor[rows] = rows.gather(1, anchors(group, M).gather(1, group.long()))
@@ -98,8 +99,8 @@ def _batches(tokens: Tokens, group: Group, targets: list[int]) -> Iterator[tuple
         rows = parts.order[a:b]
         rows = rows[~tokens.protected[rows]]
         alike.setdefault((len(rows), target), []).append(rows)
-    for (_, target), rows in alike.items():
-        yield torch.stack(rows), target
+    for (_, target), members in alike.items():
+        yield torch.stack(members), target
 
 
 def anchors(group: torch.Tensor, M: int) -> torch.Tensor:
@@ -148,7 +149,8 @@ def _extent(values: torch.Tensor, parts: Segments) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Windows of ``window`` × ``window`` tokens whose mean pairwise cosine exceeds ``threshold`` become one token (MustDrop, stage 1)."""
+    """Windows of ``window`` × ``window`` tokens whose mean pairwise cosine exceeds ``threshold`` become one token (MustDrop,
+    stage 1)."""
 
     window: int = 3
     threshold: float = 0.8
@@ -169,8 +171,8 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Frames:
-    """Frames that look alike become one, place by place: repeated bipartite matching of the frames' mean tokens until ``keep`` of the
-    frames are left (B-VLLM's temporal merging)."""
+    """Frames that look alike become one, place by place: repeated bipartite matching of the frames' mean tokens until ``keep``
+    of the frames are left (B-VLLM's temporal merging)."""
 
     keep: float = 0.5
     needs = ()
@@ -237,7 +239,7 @@ class Centres:
         parts = Segments.of(tokens, self.group)
         centre = tokens.protected.clone()
         bounds = parts.start.tolist()
-        for a, b in zip(bounds, bounds[1:], strict=False):
+        for a, b in itertools.pairwise(bounds):
             rows = parts.order[a:b]
             rows = rows[~tokens.protected[rows]]
             if len(rows):
@@ -258,4 +260,5 @@ def density_peaks(x: torch.Tensor, count: int, neighbours: int) -> torch.Tensor:
     denser = (density[None] > density[:, None]) | ((density[None] == density[:, None]) & (place[None] < place[:, None]))
     far = distance.amax()
     peak = torch.where(denser, distance, far).amin(1)
-    return (density * peak).argsort(descending=True, stable=True)[:count]
+    order: torch.Tensor = (density * peak).argsort(descending=True, stable=True)
+    return order[:count]

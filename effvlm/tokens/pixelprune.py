@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from effvlm.tokens.budgets import Above, check_keep
+from effvlm.tokens.budgets import Above
 from effvlm.tokens.picks import Top
 from effvlm.tokens.scores import Signalled
 from effvlm.tokens.signals import Pixels
@@ -13,7 +13,8 @@ from effvlm.tokens.step import Select, Step
 
 @dataclass(frozen=True)
 class PixelPrune:
-    """Tokens whose pixels differ by less than ``threshold`` from those of the left (in the first column: upper) neighbour are dropped.
+    """Tokens whose pixels differ by less than ``threshold`` from those of the left (in the first column: upper) neighbour are
+    dropped.
 
     How many that is the picture decides: all of a blank page but one. The decision is made on pixels; towers take whole grids, so
     the saving begins at the language model.

@@ -40,9 +40,7 @@ class Plan:
         return cls(start, anchor.int(), None, anchor, _bounds(tokens, anchor), True, len(tokens))
 
     @classmethod
-    def assigning(
-        cls, tokens: Tokens, anchor_of: torch.Tensor, weight: torch.Tensor | None = None, *, mean: bool = True
-    ) -> Plan:
+    def assigning(cls, tokens: Tokens, anchor_of: torch.Tensor, weight: torch.Tensor | None = None, *, mean: bool = True) -> Plan:
         """Every token goes to the token ``anchor_of[n]`` (N,) int64, itself where it is an anchor; −1 drops it.
 
         ``weight`` (N,) float32 is what each one counts; default its size.
@@ -63,7 +61,8 @@ class Plan:
         *,
         mean: bool,
     ) -> Plan:
-        """From the entries themselves: (E,) ``source`` and ``weight`` by new token, (M,) ``members`` of each and its ``anchor``."""
+        """From the entries themselves: (E,) ``source`` and ``weight`` by new token, (M,) ``members`` of each and its
+        ``anchor``."""
         start = torch.zeros(len(anchor) + 1, dtype=torch.int32, device=source.device)
         start[1:] = members.cumsum(0)
         return cls(start, source.int(), weight, anchor, _bounds(tokens, anchor), mean, len(tokens))

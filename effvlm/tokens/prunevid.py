@@ -52,7 +52,8 @@ class Static:
 
 @dataclass(frozen=True)
 class PruneVid:
-    """Static places are averaged over time within segments of a video; then density peaks of each frame, and what is nearest to them.
+    """Static places are averaged over time within segments of a video; then density peaks of each frame, and what is nearest to
+    them.
 
     The pruning by the language model's attention is not part of this. On still images only the second part works.
 

@@ -104,7 +104,8 @@ class Negative:
 
 @dataclass(frozen=True)
 class Scaled:
-    """A score made comparable within each group: ``"minmax"`` to 0 … 1, ``"l2"`` by its norm, ``"softmax"`` of score / ``tau``."""
+    """A score made comparable within each group: ``"minmax"`` to 0 … 1, ``"l2"`` by its norm, ``"softmax"`` of score /
+    ``tau``."""
 
     of: Score
     how: str = "minmax"
@@ -164,7 +165,8 @@ def relevance() -> Signalled:
 
 @dataclass(frozen=True)
 class Likeness:
-    """The largest cosine with ``pivots`` tokens of the same group, those of the largest norm (DART); the pivots themselves: −1."""
+    """The largest cosine with ``pivots`` tokens of the same group, those of the largest norm (DART); the pivots themselves:
+    −1."""
 
     pivots: int = 8
     group: Group = field(default_factory=Image)

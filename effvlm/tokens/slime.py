@@ -12,7 +12,8 @@ from effvlm.tokens.step import Select, Step
 
 @dataclass(frozen=True)
 class SliME:
-    """Softmax over the tokens' relevance to the prompt; the most likely ones that make up ``top_p`` stay, at most ``keep`` of all.
+    """Softmax over the tokens' relevance to the prompt; the most likely ones that make up ``top_p`` stay, at most ``keep`` of
+    all.
 
     The paper's trained mixture of adapters and resamplers is not part of this.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ import torch
 
 @dataclass(frozen=True)
 class Tokens:
-    """The visual tokens of all images of a call, N rows in all. Everything here moves by the same plan, so nothing gets out of step.
+    """The visual tokens of all images of a call, N rows in all. Everything here moves by the same plan, so nothing gets out of
+    step.
 
     Attributes:
         x: (N, C) floating point, the features.
@@ -68,14 +71,10 @@ class Tokens:
         x = torch.cat(rows) if len(rows) > 1 else rows[0]
         if not bool(torch.isfinite(x.sum(dtype=torch.float32))):
             raise ValueError("Tokens: expected finite features, got NaN or Inf; does the model run well without reduction?")
-        start = [0]
-        for f in rows:
-            start.append(start[-1] + len(f))
+        start = [0, *accumulate(map(len, rows))]
         N, device = len(x), x.device
-        if place is None:
-            place = torch.cat([square_place(len(f)) for f in rows])
-        if protected is None:
-            protected = torch.zeros(N, dtype=torch.bool)
+        place = torch.cat([square_place(len(f)) for f in rows]) if place is None else place
+        protected = torch.zeros(N, dtype=torch.bool) if protected is None else protected
         for name, t in (("place", place), ("protected", protected), *(("side", t) for t in side)):
             if len(t) != N:
                 raise ValueError(f"Tokens: expected {name} of {N} rows, got {len(t)}")
@@ -89,7 +88,7 @@ class Tokens:
             torch.arange(N, device=device),
             place.to(device),
             protected,
-            tuple(b - a for a, b in zip(total, total[1:], strict=False)),
+            tuple(b - a for a, b in itertools.pairwise(total)),
             tuple(video) or (False,) * len(rows),
             tuple(side),
             dict(signals or {}),

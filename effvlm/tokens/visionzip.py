@@ -14,7 +14,8 @@ from effvlm.tokens.step import Select, Step
 
 @dataclass(frozen=True)
 class VisionZip:
-    """Tokens with the most CLS attention stay as they are; of the rest, evenly spaced ones take in the others by similarity of keys.
+    """Tokens with the most CLS attention stay as they are; of the rest, evenly spaced ones take in the others by similarity of
+    keys.
 
     Args:
         keep: share of the tokens to keep, in (0, 1].
