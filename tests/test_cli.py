@@ -59,8 +59,10 @@ def test_demo_prints_the_table_and_draws_the_sheet(capfd: Any, tmp_path: Path, p
     code, out, _ = call(capfd, "demo", "--n", 16, "--json", "--out", tmp_path / "made", "--images", picture.parent)
     result = json.loads(out)
     assert code == 0
-    assert [row["keep"] for row in result["rows"]] == [1.0, 1.0, 0.5, 0.25, 0.1]
-    assert [row["visual_tokens"] for row in result["rows"]] == [144, 144, 72, 36, 14]
+    assert [row["keep"] for row in result["rows"]] == [1.0, 1.0, 0.5, 0.25, 0.1, *[0.25] * 7]
+    assert [row["visual_tokens"] for row in result["rows"]] == [144, 144, 72, 36, 14, *[36] * 7]
+    assert [row["name"] for row in result["rows"] if row["control"]][::2] == ["Random 25%", "Stride 25%", "Pool 25%"]
+    assert all(row["low"] <= row["accuracy"] <= row["high"] and 0 <= row["p_unmodified"] <= 1 for row in result["rows"])
     for row in result["rows"]:
         assert row["accuracy"] == row["right"] / row["n"] == sum(k["right"] for k in row["kinds"].values()) / 16
         assert row["prefill_ms"] > 0

@@ -21,8 +21,9 @@ from effvlm._info import cpu_name
 from effvlm.ask import open_image
 from effvlm.demo.evaluation import Sample, answer, evaluate, load, prompt, samples
 from effvlm.demo.sheet import Tile, contact_sheet
+from effvlm.evaluation import mcnemar, wilson
 from effvlm.hf import disable, enable, reduce
-from effvlm.tokens import ToMe
+from effvlm.tokens import Method, Pool, Random, Recipe, Stride, ToMe
 
 KEEPS = (1.0, 0.5, 0.25, 0.1)
 BATCH = 40
@@ -35,8 +36,12 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
 def _at(model: Any, keep: float) -> Any:
-    """The unmodified model at 1, reduced below."""
-    return nullcontext() if keep == 1 else reduce(model, ToMe(keep=keep))
+    """The unmodified model at 1, reduced below: by ToMe, sizes told to the language model."""
+    return nullcontext() if keep == 1 else reduce(model, _sized(ToMe(keep=keep)))
+
+
+def _sized(method: Method) -> Recipe:
+    return Recipe([method], attention="proportional")
 
 
 @contextmanager
@@ -49,10 +54,16 @@ def _enabled(model: Any) -> Iterator[None]:
         disable(model)
 
 
-def _settings(model: Any) -> list[tuple[str, float, Any]]:
-    """Name, share of visual tokens kept, context: the rows of the table."""
-    rows = [("unmodified", 1.0, nullcontext()), ("enabled, lossless", 1.0, _enabled(model))]
-    return rows + [(f"ToMe {keep:.0%}", keep, _at(model, keep)) for keep in KEEPS[1:]]
+def _settings(model: Any) -> list[tuple[str, float, bool, Any]]:
+    """Name, share of visual tokens kept, whether it is a control, context: the rows of the table."""
+    rows = [("unmodified", 1.0, False, nullcontext()), ("enabled, lossless", 1.0, False, _enabled(model))]
+    rows += [(f"ToMe {keep:.0%}, proportional", keep, False, _at(model, keep)) for keep in KEEPS[1:]]
+    rows += [("ToMe 25%", 0.25, False, reduce(model, ToMe(keep=0.25)))]
+    for control in (Random(keep=0.25), Stride(keep=0.25), Pool(keep=0.25)):
+        name = f"{type(control).__name__} 25%"
+        rows.append((name, 0.25, True, reduce(model, control)))
+        rows.append((f"{name}, proportional", 0.25, True, reduce(model, _sized(control))))
+    return rows
 
 
 @contextmanager
@@ -99,7 +110,8 @@ def _row(model: Any, processor: Any, row: dict[str, Any], context: Any, n: int, 
         row["prefill_ms"] = prefill_ms(model, processor, samples(min(n, BATCH), seed=seed))
         with _peak_memory(row):
             result = evaluate(model, n, seed=seed, batch_size=BATCH, processor=processor, progress=step)
-    row.update({k: result[k] for k in ("accuracy", "right", "n", "kinds")})
+    row.update({k: result[k] for k in ("accuracy", "right", "n", "kinds", "answers")})
+    row["low"], row["high"] = wilson(result["right"], n)
     row["ms_per_answer"] = 1e3 * result["seconds"] / n
     row["visual_tokens"] = model.config.image_seq_length if reducer is None else reducer.report.tokens_out / reducer.report.images
 
@@ -142,16 +154,20 @@ def run(notes: Console, *, n: int, seed: int, out: Path, images: Path | None) ->
     out.mkdir(parents=True, exist_ok=True)
     contact_sheet(tiles).save(out / "contact_sheet.png")
     rows: list[dict[str, Any]] = []
-    columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=notes, transient=True) as progress:
-        for name, keep, context in _settings(model):
+        for name, keep, control, context in _settings(model):
             task = progress.add_task(name, total=n)
 
             def step(done: int, task: Any = task) -> None:
                 progress.update(task, completed=done)
 
-            rows.append({"name": name, "keep": keep})
+            rows.append({"name": name, "keep": keep, "control": control})
             _row(model, processor, rows[-1], context, n, seed, step)
+    expected = [s.answer for s in samples(n, seed=seed)]
+    marks = [[a == b for a, b in zip(row.pop("answers"), expected, strict=True)] for row in rows]
+    for row, mark in zip(rows, marks, strict=True):
+        row["p_unmodified"] = mcnemar(mark, marks[0])
     return {
         "rows": rows,
         "samples": [{"question": t.question, "expected": t.expected, "answers": t.answers} for t in tiles],
@@ -174,17 +190,18 @@ def print_tables(console: Console, result: dict[str, Any]) -> None:
     first = result["rows"][0]
     title = f"{first['n']} held-out questions, {result['machine']['threads']} threads, batches of {BATCH}; times per question"
     table = Table(title=title, title_justify="left")
-    for column in ("", "right", "visual tokens", "LLM prefill", "answer", "peak memory"):
+    for column in ("", "right", "95 %", "visual tokens", "LLM prefill", "answer", "peak memory"):
         table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     for row in result["rows"]:
         faster = f" {first['prefill_ms'] / row['prefill_ms']:.1f}×" if row is not first else ""
         cells = (
             f"{row['accuracy']:.1%}",
+            f"{row['low']:.1%} – {row['high']:.1%}",
             f"{row['visual_tokens']:.0f}",
             f"{row['prefill_ms']:.1f} ms{faster}",
             f"{row['ms_per_answer']:.1f} ms",
             f"{row['peak_memory_mb']:.0f} MB" if row["peak_memory_mb"] else "–",
         )
-        table.add_row(row["name"], *cells)
+        table.add_row(f"[dim]{row['name']} (control)[/]" if row["control"] else row["name"], *cells)
     console.print(table)
     console.print(f"[dim]contact sheet: {result['contact_sheet']}[/]")

@@ -108,7 +108,7 @@ def any_resolution(model: Any, inputs: dict[str, Any], counts: Counts) -> list[L
         return _pooled_frames(model, inputs, counts)
     core, vision = model.base_model, model.config.vision_config
     side = vision.image_size // vision.patch_size
-    sizes = inputs["image_sizes"]
+    sizes = torch.as_tensor(inputs["image_sizes"]).cpu()
     crops = _crops(model, inputs)
     grid = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).view(-1, 2)
     found, first = [], 0
@@ -190,7 +190,7 @@ def by_position(model: Any, inputs: dict[str, Any], counts: Counts) -> list[Layo
     """Grids of any size whose patches carry their places, pooled k × k (Gemma4)."""
     video = inputs.get("pixel_values_videos") is not None
     ids = inputs["video_position_ids" if video else "image_position_ids"]
-    ids = ids.flatten(0, -3)
+    ids = ids.flatten(0, -3).cpu()
     k = model.config.vision_config.pooling_kernel_size
     frames = [1] * len(ids)
     if video:

@@ -29,36 +29,25 @@ class Trace:
             index: which image or video of the call.
             crop: which crop or frame; default: all tiles together where the picture was tiled on one grid, else crop 0.
         """
+        from PIL import Image as Images
         from PIL import ImageDraw
 
         rows, share, merged = self._cells(index, crop)
         place = self.before.place[rows].cpu()
         high, wide = int(place[:, 1].max()) + 1, int(place[:, 2].max()) + 1
-        picture = image.convert("RGB")
-        scale = max(1, round(448 / min(picture.size)))
-        picture = picture.resize((picture.width * scale, picture.height * scale))
-        cover = picture.copy()
+        scale = max(1, round(448 / min(image.size)))
+        cover = image.convert("RGB").resize((image.width * scale, image.height * scale))
         pen = ImageDraw.Draw(cover)
         for (_, y, x), part, group in zip(place.tolist(), share.tolist(), merged.tolist(), strict=True):
-            box = (
-                x * cover.width // wide,
-                y * cover.height // high,
-                (x + 1) * cover.width // wide - 1,
-                (y + 1) * cover.height // high - 1,
-            )
+            left, top = x * cover.width // wide, y * cover.height // high
+            right, bottom = (x + 1) * cover.width // wide, (y + 1) * cover.height // high
+            patch = cover.crop((left, top, right, bottom))
             if part == 0:
-                dark = picture.crop((box[0], box[1], box[2] + 1, box[3] + 1)).convert("L").point(lambda v: v * 0.25)
-                cover.paste(dark.convert("RGB"), box[:2])
-            elif group >= 0:
-                r, g, b = colorsys.hsv_to_rgb(group * 0.618034 % 1, 0.9, 1)
-                tint = type(picture)
-                piece = picture.crop((box[0], box[1], box[2] + 1, box[3] + 1))
-                del tint
-                color = tuple(int(255 * c) for c in (r, g, b))
-                from PIL import Image as Images
-
-                cover.paste(Images.blend(piece, Images.new("RGB", piece.size, color), 0.4), box[:2])
-            pen.rectangle(box, outline=(40, 40, 40))
+                cover.paste(patch.convert("L").point(lambda v: v * 0.25).convert("RGB"), (left, top))
+            elif group >= 0:  # hues a golden ratio apart, so that neighbours differ
+                color = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(group * 0.618034 % 1, 0.9, 1))
+                cover.paste(Images.blend(patch, Images.new("RGB", patch.size, color), 0.4), (left, top))
+            pen.rectangle((left, top, right - 1, bottom - 1), outline=(40, 40, 40))
         return cover
 
     def _cells(self, index: int, crop: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
