@@ -56,7 +56,8 @@ def _enabled(model: Any) -> Iterator[None]:
 
 def _settings(model: Any) -> list[tuple[str, float, bool, Any]]:
     """Name, share of visual tokens kept, whether it is a control, context: the rows of the table."""
-    rows = [("unmodified", 1.0, False, nullcontext()), ("enabled, lossless", 1.0, False, _enabled(model))]
+    rows: list[tuple[str, float, bool, Any]] = [("unmodified", 1.0, False, nullcontext())]
+    rows += [("enabled, lossless", 1.0, False, _enabled(model))]
     rows += [(f"ToMe {keep:.0%}, proportional", keep, False, _at(model, keep)) for keep in KEEPS[1:]]
     rows += [("ToMe 25%", 0.25, False, reduce(model, ToMe(keep=0.25)))]
     for control in (Random(keep=0.25), Stride(keep=0.25), Pool(keep=0.25)):
