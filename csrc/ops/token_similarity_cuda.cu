@@ -11,8 +11,8 @@ constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 
 // Warp ↔ row; lane ↔ every 32nd pack of channels, loaded at once or, for any stride and alignment, one by one: the same sums.
 template <class T, bool kPacks>
-__global__ void __launch_bounds__(kThreads) token_similarity_kernel(TokenSimilarityArgs args) {
-  constexpr int P = Pack<T>::size;
+__global__ void __launch_bounds__(kThreads, 4) token_similarity_kernel(TokenSimilarityArgs args) {
+  constexpr int P = Pack<T>::size, kAhead = kPacks ? 4 : 1;
   const int lane = threadIdx.x % kWarp;
   for (i64 n = static_cast<i64>(blockIdx.x) * kWarps + threadIdx.x / kWarp; n < args.N;
        n += static_cast<i64>(gridDim.x) * kWarps) {
@@ -23,12 +23,13 @@ __global__ void __launch_bounds__(kThreads) token_similarity_kernel(TokenSimilar
       const float u = to_float(x), v = to_float(y);
       dot += u * v, a_square += u * u, b_square += v * v;
     };
-#pragma unroll 4
+#pragma unroll(kAhead)
     for (i64 c = static_cast<i64>(lane) * P; c < args.C; c += kWarp * P) {
       if constexpr (kPacks) {
         const Pack<T> x = load_pack(a + c), y = load_pack(b + c);
         for (int i = 0; i < P; ++i) add(x.element[i], y.element[i]);
       } else {
+#pragma unroll 1  // eight strided addresses at a time would spill
         for (int i = 0; i < P; ++i)
           if (c + i < args.C) add(a[(c + i) * args.a_stride_c], b[(c + i) * args.b_stride_c]);
       }
