@@ -54,7 +54,7 @@ def check(spec: Spec, args: tuple[Any, ...], got: Any) -> torch.Tensor:
 
 
 def error_of(got: torch.Tensor, oracle: torch.Tensor) -> float:
-    return (got.cpu().double() - oracle).abs().max().item() if oracle.numel() else 0.0
+    return (got.cpu().double() - oracle.double()).abs().max().item() if oracle.numel() else 0.0
 
 
 def at_level(level: str, run: Callable[[], Any]) -> Callable[[], Any]:
