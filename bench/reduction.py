@@ -80,8 +80,7 @@ def tower(rounds: int) -> list[Row]:
             with listener.encoding() if listener else contextlib.nullcontext(), torch.no_grad():
                 return vision(pixels)
 
-        every = Watch(vision, [Attention(layer, "all") for layer in range(24)])
-        every.heard, listen = _counted(every)  # type: ignore[method-assign]
+        every = Forgetful(vision, [Attention(layer, "all") for layer in range(24)])
         runs = {
             "unmodified": lambda run=run: run(None),
             "free slice, r = 23": lambda run=run: run(Sliced(vision, how, 24)),
@@ -94,20 +93,16 @@ def tower(rounds: int) -> list[Row]:
         for key, s in seconds.items():
             over = s / free - 1 if key.startswith("ToMe") else s / base - 1
             rows.append({"part": "tower", "setting": key, "batch": B, "ms": 1e3 * s, "over": over})
-        listen.clear()
     return rows
 
 
-def _counted(watch: Watch) -> tuple[Any, list[Any]]:
-    """A listener that scores, and forgets at once, so that rounds do not pile up."""
-    heard = watch.heard
+class Forgetful(Watch):
+    """Scores, and forgets at once, so that rounds do not pile up."""
 
-    def forget(*args: Any, **more: Any) -> None:
-        heard(*args, **more)
-        for found in watch._found.values():
+    def heard(self, *args: Any, **more: Any) -> None:
+        super().heard(*args, **more)
+        for found in self._found.values():
             found.clear()
-
-    return forget, []
 
 
 def _eager(vision: Any, pixels: torch.Tensor) -> None:

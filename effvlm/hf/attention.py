@@ -109,6 +109,11 @@ def attention_modules(tower: torch.nn.Module) -> list[Any]:
     raise ValueError(f"reduce: expected a vision tower whose layers have one attention each, got {type(tower).__name__}")
 
 
+def prefix_tokens(tower: torch.nn.Module) -> int:
+    """How many tokens stand before the patches: 1 in towers with a CLS token, else 0."""
+    return int(any(n.endswith(("class_embedding", "cls_token")) for n, _ in tower.named_parameters()))
+
+
 def language_attention(model: Any) -> list[Any]:
     """The self-attention modules of a model's language model."""
     kind = type(model.config.get_text_config())

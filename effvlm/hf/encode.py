@@ -122,10 +122,10 @@ class Encoder:
         _write(encoded, tokens, rows=len(visual), expansion=self.expansion)
         self._record(before, plan)
         self.traces[modality] = Trace(before, plan)
-        self.report.encode_seconds += encoded_at - begin
-        self.report.reduce_seconds += time.perf_counter() - encoded_at
         sizes = torch.zeros(plan.old, device=plan.anchor.device)
         sizes[plan.anchor] = standing_for(before, plan) if self.proportional else 1.0
+        self.report.encode_seconds += encoded_at - begin
+        self.report.reduce_seconds += time.perf_counter() - encoded_at
         return encoded, sizes
 
     def _record(self, before: Tokens, plan: Plan) -> None:
@@ -230,8 +230,7 @@ def _write(encoded: Any, tokens: Tokens, *, rows: int, expansion: int) -> None:
 
     Raises:
         ValueError: the model takes one tensor, which cannot say how many tokens each of several images has, and ``generate``
-        would
-            have to repeat them.
+            would have to repeat them.
     """
     split = list(tokens.x.split(tokens.counts()))
     if not isinstance(encoded.pooler_output, torch.Tensor):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from effvlm.hf.attention import attention_modules, listening
+from effvlm.hf.attention import attention_modules, listening, prefix_tokens
 from effvlm.ops.token_match import token_match
 from effvlm.ops.token_merge import token_merge
 from effvlm.tokens.merges import Bipartite
@@ -31,7 +31,7 @@ class Merging:
 
     def __init__(self, tower: torch.nn.Module, how: Bipartite, layers: int) -> None:
         self.tower, self.how, self.layers = tower, how, layers
-        self.prefix = int(any(n.endswith(("class_embedding", "cls_token")) for n, _ in tower.named_parameters()))
+        self.prefix = prefix_tokens(tower)
         self._modules = modules = attention_modules(tower)
         owners = {id(m): layer for layer in tower.modules() for m in (getattr(layer, "self_attn", None),) if m is not None}
         self._blocks = [owners.get(id(m)) for m in modules]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from effvlm.hf.attention import attention_modules, listening
+from effvlm.hf.attention import attention_modules, listening, prefix_tokens
 from effvlm.hf.layouts import Layout
 from effvlm.ops.token_score import token_score
 from effvlm.tokens.signals import Attention, Keys, Pixels, Signal
@@ -28,7 +28,7 @@ class Watch:
         self._found: dict[Signal, list[torch.Tensor]] = {s: [] for s in self.signals}
         self._pixels: list[torch.Tensor] = []
         self._wanted: dict[int, list[Attention | Keys]] = {}
-        self.prefix = int(any(n.endswith(("class_embedding", "cls_token")) for n, _ in tower.named_parameters()))
+        self.prefix = prefix_tokens(tower)
         self._modules: list[Any] = attention_modules(tower) if self.signals else []
         for s in self.signals:
             self._wanted.setdefault(id(self._modules[layer_index(s.layer, len(self._modules))]), []).append(s)

@@ -6,40 +6,6 @@ within groups, as many as a budget allows) and combines the others with them, or
 plan, a sparse map, moves everything that belongs to a token.
 """
 
-from effvlm.tokens import (
-    acformer,
-    aim,
-    budgets,
-    bvllm,
-    cdpruner,
-    combines,
-    dart,
-    divprune,
-    dycoke,
-    evs,
-    fopru,
-    globalcom2,
-    groups,
-    hiprune,
-    lftr,
-    merges,
-    mustdrop,
-    picks,
-    pixelprune,
-    pool,
-    prumerge,
-    prunevid,
-    random,
-    scores,
-    semclip,
-    signals,
-    slime,
-    step,
-    stride,
-    tome,
-    visionzip,
-    vscan,
-)
 from effvlm.tokens.acformer import AcFormer
 from effvlm.tokens.aim import AIM
 from effvlm.tokens.bvllm import BVLLM
@@ -95,42 +61,6 @@ METHODS = (
     VScan,
     VisionZip,
 )
-# What recipes in files may name the classes of.
-MODULES = (
-    acformer,
-    aim,
-    budgets,
-    bvllm,
-    cdpruner,
-    combines,
-    dart,
-    divprune,
-    dycoke,
-    evs,
-    fopru,
-    globalcom2,
-    groups,
-    hiprune,
-    lftr,
-    merges,
-    mustdrop,
-    picks,
-    pixelprune,
-    pool,
-    prumerge,
-    prunevid,
-    random,
-    scores,
-    semclip,
-    signals,
-    slime,
-    step,
-    stride,
-    tome,
-    visionzip,
-    vscan,
-)
-
 __all__ = [
     "AIM",
     "BVLLM",

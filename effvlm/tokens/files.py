@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
+import pkgutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ def _classes() -> dict[str, type]:
     import effvlm.tokens as package
 
     found: dict[str, type] = {}
-    for module in package.MODULES:
+    for module in (importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)):
         for name, value in vars(module).items():
             if isinstance(value, type) and dataclasses.is_dataclass(value) and value.__module__ == module.__name__:
                 found[name] = value
