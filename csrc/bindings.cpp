@@ -226,5 +226,6 @@ PYBIND11_MODULE(_core, m) {
   m.def("ternary_matmul", &ternary);
   m.def("ternary_unpack_workspace", &unpack_workspace);
   m.def("ternary_unpack", &unpack);
+  bind_scans(m);
   bind_tokens(m);
 }

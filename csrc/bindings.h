@@ -61,6 +61,7 @@ void run(const Args& args, const Place& place, void (*cpu)(const Args&), [[maybe
 #define EFFVLM_CUDA_FORM(op) nullptr
 #endif
 
+void bind_scans(py::module_& m);   // bindings_scans.cpp
 void bind_tokens(py::module_& m);  // bindings_tokens.cpp
 
 }  // namespace effvlm

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -44,12 +44,20 @@ Tensors = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class Op:
-    """One registered op: what tests and bench need to know of it besides its spec."""
+    """One registered op: what tests and bench need to know of it besides its spec.
+
+    Attributes:
+        mutates: positions of the arguments that the op writes to. Its reference leaves them alone and returns their new values
+            after its outputs.
+        needs_workspace: whether the compiled module has a ``<op>_workspace``.
+    """
 
     name: str
     check: Callable[..., None]
     allocate: Callable[..., Tensors]
     reference: Callable[..., Tensors]
+    mutates: tuple[int, ...] = ()
+    needs_workspace: bool = True
 
 
 OPS: dict[str, Op] = {}
@@ -117,7 +125,7 @@ def _place(device: torch.device) -> tuple[int, int, int]:
 def _run(op: Op, *args: Any) -> Tensors:
     op.check(*args)
     if _backend == "reference":
-        return op.reference(*args)
+        return _refer(op, args)
     outputs = op.allocate(*args)
     device = outputs[0].device
     core = _host_core if _host_core is not None and device.type == "cpu" else _core
@@ -128,9 +136,23 @@ def _run(op: Op, *args: Any) -> Tensors:
         )
     views = [_view(a) if isinstance(a, torch.Tensor) else a for a in args]
     place = _place(device)
-    size = getattr(core, f"{op.name}_workspace")(*views, place)
-    workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    getattr(core, op.name)(*views, *map(_view, outputs), _view(workspace), place)
+    scratch: tuple[Any, ...] = ()
+    if op.needs_workspace:
+        size = getattr(core, f"{op.name}_workspace")(*views, place)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        scratch = (_view(workspace),)
+    getattr(core, op.name)(*views, *map(_view, outputs), *scratch, place)
+    return outputs
+
+
+def _refer(op: Op, args: Sequence[Any]) -> Tensors:
+    """The reference, its new values written to the arguments that the op mutates."""
+    outputs = op.reference(*args)
+    if op.mutates:
+        there = [i for i in op.mutates if args[i] is not None]
+        for i, new in zip(there, outputs[len(outputs) - len(there) :], strict=True):
+            args[i].copy_(new)
+        outputs = outputs[: len(outputs) - len(there)]
     return outputs
 
 
@@ -146,21 +168,28 @@ def register(
     check: Callable[..., None],
     allocate: Callable[..., Tensors],
     reference: Callable[..., Tensors],
+    differentiable: bool = False,
+    needs_workspace: bool = True,
 ) -> Callable[..., Tensors]:
     """Define ``torch.ops.effvlm.<name>`` and return the function that calls it.
 
     Args:
         name: the op's identifier, the same at every layer.
-        schema: arguments and returns as ``torch.library`` writes them, for instance ``"(Tensor x, int r) -> (Tensor, Tensor)"``.
+        schema: arguments and returns as ``torch.library`` writes them, for instance ``"(Tensor x, int r) -> (Tensor, Tensor)"``;
+            ``Tensor(a!) state`` is written in place.
         check: raises ``ValueError`` or ``TypeError`` on arguments the op does not take; called for fake and real tensors.
         allocate: makes the (empty) outputs; called for fake and real tensors.
-        reference: the op in plain PyTorch, obviously right; also what runs where autograd is needed.
+        reference: the op in plain PyTorch, obviously right; also what gives the gradients. Of an op that writes in place it
+            returns the new values (of the arguments that are not None) after the outputs.
+        differentiable: with grad mode on, the kernel still runs forward, and backward goes through ``reference``, recomputed.
+        needs_workspace: whether the compiled module has a ``<name>_workspace``; without, the kernel gets none.
 
     Returns:
-        The op. With grad mode on and an input that requires grad it runs ``reference`` (and says so once), because the
-        compiled kernels are forward only.
+        The op. With grad mode on and an input that requires grad, an op that is not ``differentiable`` runs ``reference`` (and
+        says so once), because the compiled kernels are forward only.
     """
-    op = OPS[name] = Op(name, check, allocate, reference)
+    mutates = tuple(i for i, argument in enumerate(schema.split("->")[0].split(",")) if "!" in argument)
+    op = OPS[name] = Op(name, check, allocate, reference, mutates, needs_workspace)
 
     def one_or_all(outputs: Tensors) -> Any:  # what torch.library wants of "-> Tensor" and of "-> (Tensor, Tensor)"
         return outputs if len(outputs) > 1 else outputs[0]
@@ -176,18 +205,49 @@ def register(
     _LIBRARY.impl(name, kernel, "CPU")
     _LIBRARY.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"effvlm::{name}", fake, lib=_LIBRARY)
+    if differentiable:
+        torch.library.register_autograd(f"effvlm::{name}", _backward(op), setup_context=_save, lib=_LIBRARY)
     overload = getattr(torch.ops.effvlm, name).default
 
     def call(*args: Any) -> Tensors:
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+        if not differentiable and torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
             if not torch.compiler.is_compiling():
                 say_once(name, f"effvlm.{name}: an input requires grad; the PyTorch reference runs, for its backward")
             check(*args)
-            return reference(*args)
+            return _refer(op, args)
         outputs = overload(*args)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     return call
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    tensors = [isinstance(a, torch.Tensor) for a in inputs]
+    ctx.save_for_backward(*(a for a, is_tensor in zip(inputs, tensors, strict=True) if is_tensor))
+    ctx.rest = [None if is_tensor else a for a, is_tensor in zip(inputs, tensors, strict=True)]
+    ctx.places = [i for i, is_tensor in enumerate(tensors) if is_tensor]
+
+
+def _backward(op: Op) -> Callable[..., Any]:
+    """Gradients of an op through its reference, computed again: nothing of the forward is kept but its arguments."""
+
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        args, wanted = list(ctx.rest), []
+        with torch.enable_grad():
+            for i, x in zip(ctx.places, ctx.saved_tensors, strict=True):
+                args[i] = x.detach().requires_grad_(ctx.needs_input_grad[i])
+                wanted += [i] if ctx.needs_input_grad[i] else []
+            outputs = op.reference(*args)
+        pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if y.requires_grad and g is not None]
+        found: list[torch.Tensor | None] = [None] * len(args)
+        if pairs:
+            inputs = [args[i] for i in wanted]
+            got = torch.autograd.grad([y for y, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
+            for i, g in zip(wanted, got, strict=True):
+                found[i] = g
+        return tuple(found)
+
+    return backward
 
 
 def require_tensor(op: str, name: str, x: object, *, dims: str, dtypes: tuple[torch.dtype, ...]) -> None:

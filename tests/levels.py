@@ -49,6 +49,7 @@ def amx_emulated() -> ModuleType:
     ops = [word.removesuffix("_cpu.cpp") for word in sorted(p.name for p in (ROOT / "csrc/ops").glob("*_cpu.cpp"))]
     sources = [
         "bindings.cpp",
+        "bindings_scans.cpp",
         "bindings_tokens.cpp",
         "core/check.cpp",
         "core/gap_planes_pack.cpp",

@@ -82,11 +82,20 @@ class Spec:
         return tuple(c for c in self.cases if not c.bench or c in small)
 
     def call(self, *args: Any) -> Tensors:
-        """The compiled thing."""
+        """The compiled thing: its outputs, then what it wrote in place; the arguments themselves stay as they were."""
         if self.run:
             return self.run(*args)
+        args = self.fresh(args)
         outputs = getattr(torch.ops.effvlm, self.op)(*args)
-        return outputs if isinstance(outputs, tuple) else (outputs,)
+        return (*(outputs if isinstance(outputs, tuple) else (outputs,)), *self.written(args))
+
+    def fresh(self, args: Args) -> Args:
+        """The arguments, with copies (of the same strides) in place of those that the op writes to."""
+        return tuple(_copy(a) if i in OPS[self.op].mutates and a is not None else a for i, a in enumerate(args))
+
+    def written(self, args: Args) -> Tensors:
+        """Those of the arguments that the op writes to."""
+        return tuple(args[i] for i in OPS[self.op].mutates if args[i] is not None)
 
     def refer(self, *args: Any) -> Tensors:
         """The same in plain PyTorch."""
@@ -99,6 +108,12 @@ class Spec:
             return a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() and i not in self.streamed else a
 
         return self.refer(*(wide(i, a) for i, a in enumerate(args)))
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    whole = torch.empty(x.untyped_storage().nbytes() // x.itemsize, dtype=x.dtype, device=x.device)
+    whole.copy_(torch.as_strided(x, whole.shape, (1,), 0))
+    return whole.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 @cache

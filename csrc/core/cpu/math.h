@@ -20,6 +20,17 @@ inline f32v exp(f32v x) {
 
 inline f32v sigmoid(f32v x) { return set1(1) / (set1(1) + exp(set1(0) - x)); }
 
+inline f32v silu(f32v x) { return x / (set1(1) + exp(set1(0) - x)); }
+
+// log(1 + e^x) = max(x, 0) + log1p(y), y = e^-|x|: log1p(y) = 2·artanh(y/(2 + y)), whose argument is at most 1/3. The tail for
+// x → −∞ keeps its relative accuracy (down to e^-87).
+inline f32v softplus(f32v x) {
+  const f32v y = exp(set1(0) - abs(x)), t = y / (set1(2) + y), t2 = t * t;
+  f32v p = set1(2.0f / 15);
+  for (const float c : {2.0f / 13, 2.0f / 11, 2.0f / 9, 2.0f / 7, 2.0f / 5, 2.0f / 3, 2.0f}) p = fma(p, t2, set1(c));
+  return max(set1(0), x) + t * p;
+}
+
 // x·Φ(x), through erfc of |x|/√2 with a relative error of 1.2e-7 (Numerical Recipes, 6.2.2), so that the tail is right as well.
 inline f32v gelu(f32v x) {
   const f32v z = abs(x) * set1(0.70710678f), t = set1(1) / fma(z, set1(0.5f), set1(1));
