@@ -1,5 +1,6 @@
 """The ops: one file each, named as in ``csrc/ops``."""
 
+from effvlm.ops.chunk_scan import ChunkScan, chunk_scan, discretize
 from effvlm.ops.grouped_linear import grouped_linear
 from effvlm.ops.moe_ffn import moe_ffn
 from effvlm.ops.moe_route import MoeRoute, moe_route
@@ -15,11 +16,14 @@ from effvlm.ops.token_select import TokenSelect, token_select
 from effvlm.ops.token_similarity import token_similarity
 
 __all__ = [
+    "ChunkScan",
     "MoeRoute",
     "TernaryWeight",
     "TokenMatch",
     "TokenMerge",
     "TokenSelect",
+    "chunk_scan",
+    "discretize",
     "grouped_linear",
     "moe_ffn",
     "moe_route",

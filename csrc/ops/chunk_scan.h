@@ -1,0 +1,64 @@
+// chunk_scan — recurrence of a matrix state per head, in chunks: scalar decay (SSD, retention, mLSTM) and the delta rule
+//
+// Math       S ← diag(exp d_t)·S;  then S ← S + g_t·k_t v_tᵀ  or, with beta (delta rule),  S ← S + β_t·k_t (v_t − Sᵀk_t)ᵀ;
+//            out_t = scale·Sᵀq_t + skip·v_t.  With l2norm, q and k are first multiplied by 1/√(Σ x² + 1e-6)
+// Shapes     q, k (B,L,G,K) · v (B,L,H,V), H a multiple of G · log_decay d (B,L,H) or (B,L,H,K) · gain g, beta β (B,L,H) ·
+//            skip (H) · initial_state (S,H,K,V) · cu_seqlens (S+1) → out (B,L,H,V) · final_state (S,H,K,V)
+// Layout     any strides, zero included, for all inputs; outputs contiguous
+// Types      q, k, v, out f32 f16 bf16; all else f32; one rounding at the store of out
+// Edges      cu_seqlens: B = 1, sequence s is steps cu_seqlens[s] … [s+1), with a state of its own; else S = B. An empty sequence
+//            hands its initial state on. d = −∞ forgets all (exp is 0). Sums of d over a chunk are kept in f64: chunks of extreme
+//            decays stay right. NaN stays inside its head and, forwards, its sequence
+// Order      sums in a fixed order: same result every run and for any thread count
+// Parallel   CPU: (sequence, head) over threads.  CUDA: block per (sequence, head, part of V)
+// Cost       reads L·(2G·K + H·V)·e, writes L·H·V·e bytes; about H·L·(4K·V + Q·(K + V)) flops with chunks of Q steps, 6K·V for
+// the
+//            delta rule
+// Why so     inside a chunk the recurrence is a causal product of matrices, so that all of its work is products
+// Not for    one step at a time: state_update
+#pragma once
+#include <cstdint>
+
+#include "core/cpu/isa.h"
+#include "core/dtype.h"
+#include "core/workspace.h"
+
+namespace effvlm {
+
+struct ChunkScanArgs {
+  std::int64_t B, L, G, H, K, V;
+  std::int64_t S;  // sequences: B, or what cu_seqlens says
+  Dtype dtype;     // of q, k, v and out
+  const void* q;   // (B,L,G,K)
+  const void* k;   // (B,L,G,K)
+  const void* v;   // (B,L,H,V)
+  std::int64_t q_stride[4], k_stride[4], v_stride[4];
+  const float* log_decay;  // (B,L,H,K), where without per_channel the last stride is 0
+  std::int64_t decay_stride[4];
+  bool per_channel;
+  const float* gain;  // (B,L,H); null: 1
+  std::int64_t gain_stride[3];
+  const float* beta;  // (B,L,H); null: no delta rule
+  std::int64_t beta_stride[3];
+  const float* skip;  // (H); null: 0
+  std::int64_t skip_stride;
+  const float* initial_state;  // (S,H,K,V); null: zeros
+  std::int64_t initial_stride[4];
+  const std::int32_t* cu_seqlens;  // (S+1), contiguous; null: every batch entry is a sequence of L steps
+  float scale;
+  bool l2norm;
+  void* out;           // (B,L,H,V)
+  float* final_state;  // (S,H,K,V)
+  void* workspace;
+  int threads;  // CPU only
+};
+
+EFFVLM_DECLARE_CPU(chunk_scan, ChunkScanArgs)
+// One size for every level: the largest that any of them needs.
+inline std::int64_t chunk_scan_workspace_cpu(const ChunkScanArgs& args) {
+  return args.threads * (args.K * args.V + 2 * args.K + args.V) * 4;
+}
+void chunk_scan_cuda(const ChunkScanArgs& args, int device, void* stream);
+std::int64_t chunk_scan_workspace_cuda(const ChunkScanArgs& args);
+
+}  // namespace effvlm

@@ -1,0 +1,48 @@
+#include <cstring>
+
+#include "core/cpu/parallel.h"
+#include "core/dispatch.h"
+#include "ops/chunk_scan_decay.h"
+#include "ops/chunk_scan_delta.h"
+
+namespace effvlm::EFFVLM_ISA {
+namespace {
+
+Head head_of(const ChunkScanArgs& a, i64 s, i64 h) {
+  Head head{a.cu_seqlens ? 0 : s, h, 0, a.L, a.final_state + (s * a.H + h) * a.K * a.V};
+  if (a.cu_seqlens) head.first = a.cu_seqlens[s], head.count = a.cu_seqlens[s + 1] - head.first;
+  return head;
+}
+
+void start_state(const ChunkScanArgs& a, i64 s, const Head& head) {
+  if (!a.initial_state) {
+    std::memset(head.state, 0, a.K * a.V * sizeof(float));
+    return;
+  }
+  const float* from = a.initial_state + s * a.initial_stride[0] + head.h * a.initial_stride[1];
+  for (i64 i = 0; i < a.K; ++i)
+    for (i64 j = 0; j < a.V; ++j) head.state[i * a.V + j] = from[i * a.initial_stride[2] + j * a.initial_stride[3]];
+}
+
+}  // namespace
+
+void chunk_scan_cpu(const ChunkScanArgs& a) {
+  by_float_dtype("chunk_scan", a.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const i64 scratch_bytes = chunk_scan_workspace_cpu(a) / a.threads;
+    parallel_for(a.S * a.H, 1, a.threads, [&](i64 begin, i64 end, int thread) {
+      float* scratch = reinterpret_cast<float*>(static_cast<char*>(a.workspace) + thread * scratch_bytes);
+      for (i64 i = begin; i < end; ++i) {
+        const Head head = head_of(a, i / a.H, i % a.H);
+        start_state(a, i / a.H, head);
+        if (a.beta || a.per_channel) {
+          scan_delta<T>(a, head, scratch);
+        } else {
+          scan_decay<T>(a, head, scratch);
+        }
+      }
+    });
+  });
+}
+
+}  // namespace effvlm::EFFVLM_ISA
