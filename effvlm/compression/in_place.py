@@ -13,7 +13,8 @@ from effvlm.compression.calibrate import Session
 from effvlm.compression.modules import compress_module
 from effvlm.compression.report import LayerReport
 from effvlm.compression.shards import sentence_for_disk
-from effvlm.hf import experts, own_experts, ternary_experts
+from effvlm.hf import own_experts, ternary_experts
+from effvlm.hf.enable import disable, is_enabled
 from effvlm.quant import TernaryRecipe
 
 Progress = Callable[[int, int, str], None]
@@ -32,8 +33,8 @@ def compress_model(
     modules, left_alone = _to_do(model)
     if out is not None and out.exists() and any(out.iterdir()):
         raise ValueError(f"compress: expected out to be a new folder, got {out} with files in it")
-    if model in experts._before:
-        experts.disable(model)
+    if is_enabled(model):
+        disable(model)
     before = _size(model)
     total = sum(_size(module) for module in modules.values())
     done = 0

@@ -1,6 +1,8 @@
 """Where in a Hugging Face model things happen: families, extension points."""
 
-from effvlm.hf.experts import EnableReport, disable, enable
+from effvlm.hf.enable import disable, enable
+from effvlm.hf.enable_report import EnableReport
+from effvlm.hf.mixers import replace_classes, restore_classes
 from effvlm.hf.reduce import Reducer, reduce
 
-__all__ = ["EnableReport", "Reducer", "disable", "enable", "reduce"]
+__all__ = ["EnableReport", "Reducer", "disable", "enable", "reduce", "replace_classes", "restore_classes"]

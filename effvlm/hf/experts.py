@@ -1,4 +1,4 @@
-"""``effvlm.enable``: routed experts of a Hugging Face model through :func:`effvlm.moe_ffn`, by transformers' own registry.
+"""Routed experts of a Hugging Face model through :func:`effvlm.moe_ffn`, by transformers' own registry.
 
 transformers asks ``config._experts_implementation`` on every call for the function that computes a module's experts; we register
 one under ``"effvlm"`` and select it. Families that do not ask get a forward per instance (:mod:`effvlm.hf.own_experts`).
@@ -7,47 +7,20 @@ one under ``"effvlm"`` and select it. Families that do not ask get a forward per
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
 from effvlm._library import say_once
 from effvlm.hf import own_experts
+from effvlm.hf.enable_report import EnableReport
 from effvlm.hf.gates import Gate, gate_of, match_gate
 from effvlm.hf.in_parts import by_id, experts_in_parts
 from effvlm.ops.moe_ffn import moe_ffn
 
 KEY = "effvlm"
 _UNDECORATED = ("Experts", "MoE", "MoeBlock", "SparseMLP", "SparseMoeBlock", "TextMoe", "MoELayer", "MoeLayer")
-
-
-@dataclass
-class EnableReport:
-    """What :func:`enable` did.
-
-    Attributes:
-        modules: name of each module that now runs our kernel → the kernel and its gate.
-        fallbacks: name of each module that computes experts and does not → why.
-    """
-
-    modules: dict[str, str] = field(default_factory=dict)
-    fallbacks: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        if not self.modules and not self.fallbacks:
-            return "effvlm.enable: this model has no routed experts; nothing to do"
-        lines = [f"effvlm.enable: {len(self.modules)} modules of experts run effvlm kernels, {len(self.fallbacks)} do not"]
-        for sign, found in (("+", self.modules), ("-", self.fallbacks)):
-            for what in dict.fromkeys(found.values()):
-                names = [name for name, text in found.items() if text == what]
-                lines.append(f"  {sign} {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {what}")
-        return "\n".join(lines)
-
-
-_before: WeakKeyDictionary[torch.nn.Module, tuple[list[Callable[[], None]], EnableReport]] = WeakKeyDictionary()
 
 
 def is_experts(module: torch.nn.Module) -> bool:
@@ -116,50 +89,18 @@ def _fused_gate(module: Any, *, again: bool = False) -> Gate | None:
     return None if module.has_post_expert_norm else gate_of(module, find_gate, again=again)
 
 
-def enable(model: Any, free_original: bool = False) -> EnableReport:
-    """Run a model's routed experts on effvlm's kernels: same outputs, within rounding. Undone by :func:`disable`.
-
-    ::
-
-        report = effvlm.enable(model)
-        print(report)          # what runs now, what does not, and why
-
-    Works with ``generate()``, batches, ``torch.compile`` and saving; training and what our kernels do not take run
-    transformers' own ``grouped_mm``, which is said once. Other models are not affected, unless they share their config.
-
-    Args:
-        model: a Hugging Face model.
-        free_original: where experts are modules of their own (Switch, NLLB, ViTPose) the kernels need them in one tensor, a
-            copy that the report states; with True the parameters become views of it, so that memory stays as it was. All other
-            weights are read in place, and both values do the same.
-
-    Returns:
-        The report. Calling it again returns the same one.
-
-    Raises:
-        TypeError: not a Hugging Face model.
-    """
-    if not isinstance(model, torch.nn.Module) or not hasattr(model, "set_experts_implementation"):
-        raise TypeError(f"enable: expected a Hugging Face model, got {type(model).__name__}")
-    if model in _before:
-        return _before[model][1]
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(KEY, experts_forward)
-    report = EnableReport()
-    undo: list[Callable[[], None]] = []
-    tried: dict[str, bool] = {}
-    for name, module in model.named_modules():
-        if is_experts(module):
-            _select(name, module, report, undo)
-        elif type(module).__name__ in own_experts.FAMILIES:
-            _replace(name, module, report, undo, tried, free_original)
-        elif type(module).__name__.endswith(_UNDECORATED) and not any(map(_is_known, module.modules())):
-            kind = type(module).__name__
-            known = own_experts.LEFT_ALONE.get(kind, "it computes its experts itself, not through transformers' registry")
-            report.fallbacks[name] = f"{kind}: {known}"
-    _before[model] = (undo, report)
-    return report
+def consider(
+    name: str, module: Any, report: EnableReport, undo: list[Callable[[], None]], tried: dict[str, bool], free_original: bool
+) -> None:
+    """Put one module's experts on our kernels, if it has any: said in ``report``, undone by ``undo``."""
+    if is_experts(module):
+        _select(name, module, report, undo)
+    elif type(module).__name__ in own_experts.FAMILIES:
+        _replace(name, module, report, undo, tried, free_original)
+    elif type(module).__name__.endswith(_UNDECORATED) and not any(map(_is_known, module.modules())):
+        kind = type(module).__name__
+        known = own_experts.LEFT_ALONE.get(kind, "it computes its experts itself, not through transformers' registry")
+        report.fallbacks[name] = f"{kind}: {known}"
 
 
 def _is_known(module: torch.nn.Module) -> bool:
@@ -190,15 +131,3 @@ def _replace(
     report.modules[name] = own_experts.prepare(module, free_original=free_original)
     module.forward = MethodType(own_experts.forward, module)
     undo.append(lambda: delattr(module, "forward"))
-
-
-def disable(model: Any) -> None:
-    """Undo :func:`enable`: every config selects what it selected before, every instance has its class's forward.
-
-    Raises:
-        RuntimeError: the model is not enabled.
-    """
-    if model not in _before:
-        raise RuntimeError("disable: expected a model that effvlm.enable was called on")
-    for step in _before.pop(model)[0]:
-        step()
