@@ -13,10 +13,11 @@ from effvlm.nn.ssm_mixer import SSMMixer
 
 
 class SSMAttention(nn.Module):
-    """An attention layer of transformers whose softmax is replaced by :class:`effvlm.nn.SSMMixer`; made by :func:`attention_to_ssm`.
+    """An attention layer of transformers with :class:`effvlm.nn.SSMMixer` for its softmax; :func:`attention_to_ssm` makes it.
 
-    The projections are the attention layer's own modules: queries serve as C, keys as B, values as x. Called as the layer it stands
-    for; caches hold a state of constant size. Norms of queries and keys (``q_norm``, ``k_norm``) and rotary embeddings stay.
+    The projections are the attention layer's own modules: queries serve as C, keys as B, values as x. Called as the layer it
+    stands for; caches hold a state of constant size. Norms of queries and keys (``q_norm``, ``k_norm``) and rotary embeddings
+    stay.
     """
 
     def __init__(self, attention: Any, *, unit_decay: bool, norm: bool) -> None:
@@ -96,8 +97,8 @@ def attention_to_ssm(
 ) -> nn.Module:
     """Replace softmax attention by a state of constant size, starting from the trained projections (mmMamba's seeding).
 
-    A converted layer costs the same per token however long the sequence, and keeps (heads, head size, head size) numbers instead of
-    all keys and values. What it computes is not what was trained: expect to :func:`effvlm.convert.distill`.
+    A converted layer costs the same per token however long the sequence, and keeps (heads, head size, head size) numbers
+    instead of all keys and values. What it computes is not what was trained: expect to :func:`effvlm.convert.distill`.
 
     ::
 
@@ -114,7 +115,8 @@ def attention_to_ssm(
         The model, or for one attention layer the :class:`SSMAttention` in its place.
 
     Raises:
-        ValueError: no attention layer with q_proj, k_proj, v_proj and o_proj of its own is there, or none of a number in ``layers``.
+        ValueError: no attention layer with q_proj, k_proj, v_proj and o_proj of its own is there, or none of a number in
+            ``layers``.
 
     Source: Liao et al. 2025 (mmMamba).
     """

@@ -70,8 +70,8 @@ def state_layer(cache: Any, index: int) -> StateLayer:
         return layer
     if not isinstance(layer, DynamicLayer) or layer.get_seq_length():
         raise TypeError(
-            f"effvlm: expected a fresh DynamicCache for a model with layers converted by attention_to_ssm, got {type(layer).__name__} "
-            f"with {layer.get_seq_length()} tokens at layer {index}"
+            "effvlm: expected a fresh DynamicCache for a model with layers converted by attention_to_ssm, got "
+            f"{type(layer).__name__} with {layer.get_seq_length()} tokens at layer {index}"
         )
     cache.layers[index] = StateLayer()
     return cache.layers[index]

@@ -37,18 +37,18 @@ def distill(
 ) -> Distilled:
     """Train a converted model on the outputs of the one it was converted from: first layer by layer, then its logits.
 
-    For the first ``layer_steps`` batches, every converted layer sees what the teacher's layer saw and learns to return what it returned
-    (mean square error over all tokens), all layers at once; then the student runs by itself and learns the teacher's next-token
-    distribution (Kullback-Leibler divergence) until the batches end. Adam, learning rate falling linearly to 0 in each stage, no labels.
+    For the first ``layer_steps`` batches, every converted layer sees what the teacher's layer saw and learns to return what it
+    returned (mean square error over all tokens), all layers at once; then the student runs by itself and learns the teacher's
+    next-token distribution (Kullback-Leibler divergence) until the batches end. Adam, learning rate falling linearly to 0 in
+    each stage, no labels.
 
     Args:
         student: a model after :func:`effvlm.convert.attention_to_ssm`; left in the training mode it came in.
         teacher: the model before (a copy of it), left as it is.
-        batches: keyword arguments for both models, with ``attention_mask`` where there is padding; a sequence, as its length is needed.
-        layer_steps: how many of the batches are for the first stage.
-        lr: where the learning rate starts.
-        everything: in the second stage train all of the student's parameters; default those of the converted layers.
-        on_step: called with the number and loss of every step.
+        batches: keyword arguments for both models, with ``attention_mask`` where there is padding; a sequence, as its length is
+        needed. layer_steps: how many of the batches are for the first stage. lr: where the learning rate starts. everything: in
+        the second stage train all of the student's parameters; default those of the converted layers. on_step: called with the
+        number and loss of every step.
 
     Raises:
         ValueError: the student has no converted layers.

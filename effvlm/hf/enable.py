@@ -22,9 +22,9 @@ def enable(model: Any, free_original: bool = False) -> EnableReport:
         report = effvlm.enable(model)
         print(report)          # what runs now, what does not, and why
 
-    Works with ``generate()``, batches, caches, ``torch.compile`` and saving. What our kernels do not take (a dtype, a device) runs
-    transformers' own functions, and so do the experts of a model in training, which is said once; scans have gradients. Other
-    models are not affected, of the same family neither, unless they share their config. Undone by :func:`disable`.
+    Works with ``generate()``, batches, caches, ``torch.compile`` and saving. What our kernels do not take (a dtype, a device)
+    runs transformers' own functions, and so do the experts of a model in training, which is said once; scans have gradients.
+    Other models are not affected, of the same family neither, unless they share their config. Undone by :func:`disable`.
 
     Args:
         model: a Hugging Face model.

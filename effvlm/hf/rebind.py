@@ -1,8 +1,8 @@
 """A method of a class, with other functions under the global names that it calls: for one instance, or for a subclass.
 
-transformers' mixers call their scan functions by module-level names. Assigning to those names would change every model of the family in
-this process; copying the method would freeze what upstream may mend. So we build the same method (the same code object) again, over a
-copy of its module's globals in which those names mean our functions.
+transformers' mixers call their scan functions by module-level names. Assigning to those names would change every model of the
+family in this process; copying the method would freeze what upstream may mend. So we build the same method (the same code
+object) again, over a copy of its module's globals in which those names mean our functions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The scan functions of transformers' modeling files, by their names, on our ops.
 
-transformers writes every Mamba-like mixer against the same eleven functions (``use_kernel_func_from_hub_with_fallback``), whose names
-and parameters are those of the ``mamba_ssm``, ``causal_conv1d`` and ``fla`` packages. Here is one of ours for each of them.
+transformers writes every Mamba-like mixer against the same eleven functions (``use_kernel_func_from_hub_with_fallback``), whose
+names and parameters are those of the ``mamba_ssm``, ``causal_conv1d`` and ``fla`` packages. Here is one of ours for each of
+them.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ def mlstm(
     """``C = f C + i k vᵀ``, ``n = f n + i k``, ``out = Cᵀ q / max(|n·q|, 1)`` with ``f = sigmoid``, ``i = exp`` of the gates.
 
     The normaliser is one more column of the memory: the one that ones are written to. Beck et al. keep a running maximum m of the
-    gates' logarithms and divide by ``max(|n·q|, exp(-m))``; that is this formula with both sides multiplied by exp(-m), which float32
-    does not need for input gates below 60 (xLSTM caps them at 15).
+    gates' logarithms and divide by ``max(|n·q|, exp(-m))``; that is this formula with both sides multiplied by exp(-m), which
+    float32 does not need for input gates below 60 (xLSTM caps them at 15).
 
     Args:
         q: (B, L, G, K), scaled by the caller (xLSTM: by ``K ** -0.5``).

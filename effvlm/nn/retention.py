@@ -28,8 +28,8 @@ class Retained(NamedTuple):
 class Retention(nn.Module):
     """``y = GroupNorm((Q Kᵀ ∘ D) V) W``, with ``D[i, j] = decay ** (i - j)`` for ``i >= j`` and 0 above, in O(L).
 
-    The parallel form is this product; the recurrent form is one step on a state, with ``state=`` of the step before; chunks of both
-    are what runs (:func:`effvlm.chunk_scan`).
+    The parallel form is this product; the recurrent form is one step on a state, with ``state=`` of the step before; chunks of
+    both are what runs (:func:`effvlm.chunk_scan`).
 
     Args:
         dim: C, channels.

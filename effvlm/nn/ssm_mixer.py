@@ -25,11 +25,11 @@ class Mixed(NamedTuple):
 
 
 class SSMMixer(nn.Module):
-    """``S ← exp(-exp(A_log)·Δ) S + Δ k vᵀ``, ``out = scale·Sᵀ q + D v``, ``Δ = softplus(x W_dt + dt_bias)``, one Δ per head and token.
+    """``S ← exp(-exp(A_log)·Δ) S + Δ k vᵀ``, ``out = scale·Sᵀ q + D v``, ``Δ = softplus(x W_dt + dt_bias)`` per head.
 
     The part of a Mamba-2 layer between its projections, with queries for C, keys for B and values for x. Fresh, it decays as
-    retention does and Δ is 1 everywhere, so that it is what its projections make of it; with ``unit_decay`` it is exactly (causal,
-    unnormalised) linear attention.
+    retention does and Δ is 1 everywhere, so that it is what its projections make of it; with ``unit_decay`` it is exactly
+    (causal, unnormalised) linear attention.
 
     Args:
         dim: C, channels that Δ is computed from.
@@ -37,8 +37,8 @@ class SSMMixer(nn.Module):
         head_dim: V, of the values.
         scale: of the queries, attention's.
         unit_decay: start with decays of 1: nothing is ever forgotten.
-        norm: divide what each head returns by its root mean square, times a learned weight: the sums of linear attention grow with
-            their length, and softmax attention's do not.
+        norm: divide what each head returns by its root mean square, times a learned weight: the sums of linear attention grow
+            with their length, and softmax attention's do not.
 
     Sources: Dao and Gu 2024 (Mamba-2), Liao et al. 2025 (mmMamba).
     """

@@ -16,8 +16,8 @@ from effvlm.ops.traversals import backward
 class VimMixer(nn.Module):
     """Two Mamba scans over the tokens, one forward and one backward, each behind its own causal convolution, gated together.
 
-    Parameters have the names and shapes of Vim's ``Mamba(bimamba_type="v2")``, so that its checkpoints load. The backward half reads
-    the tokens in place: its convolution looks ahead, its scan starts at the end; nothing is flipped.
+    Parameters have the names and shapes of Vim's ``Mamba(bimamba_type="v2")``, so that its checkpoints load. The backward half
+    reads the tokens in place: its convolution looks ahead, its scan starts at the end; nothing is flipped.
 
     Args:
         dim: C, channels in and out.

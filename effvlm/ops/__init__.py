@@ -4,6 +4,7 @@ from effvlm.ops.chunk_scan import ChunkScan, chunk_scan, discretize
 from effvlm.ops.grouped_linear import grouped_linear
 from effvlm.ops.moe_ffn import moe_ffn
 from effvlm.ops.moe_route import MoeRoute, moe_route
+from effvlm.ops.selective_scan import SelectiveScan, selective_scan
 from effvlm.ops.ternary_matmul import ternary_matmul
 from effvlm.ops.ternary_unpack import ternary_unpack
 from effvlm.ops.ternary_weight import TernaryWeight, ternary_pack
@@ -14,19 +15,25 @@ from effvlm.ops.token_merge import TokenMerge, token_merge
 from effvlm.ops.token_score import token_score
 from effvlm.ops.token_select import TokenSelect, token_select
 from effvlm.ops.token_similarity import token_similarity
+from effvlm.ops.traversals import bidirectional, cross_scan, multi_scale_scan
 
 __all__ = [
     "ChunkScan",
     "MoeRoute",
+    "SelectiveScan",
     "TernaryWeight",
     "TokenMatch",
     "TokenMerge",
     "TokenSelect",
+    "bidirectional",
     "chunk_scan",
+    "cross_scan",
     "discretize",
     "grouped_linear",
     "moe_ffn",
     "moe_route",
+    "multi_scale_scan",
+    "selective_scan",
     "ternary_matmul",
     "ternary_pack",
     "ternary_unpack",

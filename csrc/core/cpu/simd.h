@@ -104,7 +104,7 @@ inline f32v fma(f32v a, f32v b, f32v c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)
 inline f32v max(f32v a, f32v b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline f32v min(f32v a, f32v b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline f32v abs(f32v a) { return {_mm512_abs_ps(a.v)}; }
-// 2^n for the float 1.5·2^23 + n with |n| < 127: what rounding by that addition leaves.
+// 2^n for the float 1.5·2^23 + n with |n| < 127: what rounding by that addition leaves. 0 for n = −127, ∞ for n = 128.
 inline f32v exp2_of_rounded(f32v x) {
   const __m512i n = _mm512_add_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(127));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(n, 23))};

@@ -1,0 +1,2 @@
+#include "core/dispatch.h"
+#include "ops/selective_scan.h"
