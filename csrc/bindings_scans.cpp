@@ -50,6 +50,8 @@ void chunk(const Raw& q, const Raw& k, const Raw& v, const Raw& decay, const Opt
   ChunkScanArgs a = chunk_args(q, k, v, decay, gain, beta, skip, initial, cu_seqlens, scale, l2norm, place);
   a.out = view(out).data, a.final_state = view(final_state).as<float>(), a.workspace = view(workspace).data;
   run(a, place, chunk_scan_cpu, EFFVLM_CUDA_FORM(chunk_scan));
+}
+
 // A view's strides by its axes: letters of "bkcl", as ScanTensor names them.
 ScanTensor scan_tensor(const View& v, const char* axes) {
   ScanTensor x{v.data, v.dtype, 0, 0, 0, 0};
