@@ -148,7 +148,7 @@ __device__ void scan_path(const SelectiveScanArgs& a, Tile<Q, P>& tile, i64 s, i
 
 // Block ↔ some channels of one sequence at a time.
 template <int Q, int P>
-__global__ void __launch_bounds__(Tile<Q, P>::kThreads) selective_scan_kernel(SelectiveScanArgs a) {
+__global__ void __launch_bounds__(Tile<Q, P>::kThreads, 512 / Tile<Q, P>::kThreads) selective_scan_kernel(SelectiveScanArgs a) {
   constexpr int kChannels = Tile<Q, P>::kChannels, kThreads = Tile<Q, P>::kThreads;
   __shared__ Tile<Q, P> tile;
   const i64 groups = (a.D + kChannels - 1) / kChannels;
