@@ -13,6 +13,10 @@ using i64 = std::int64_t;
 
 constexpr int kLanes = f32v::width;
 
+// Channels' tokens, or tokens' channels, are far apart: too many streams for the hardware to see that they go on.
+constexpr i64 kAhead = 256;  // bytes of a row that is read along L
+constexpr i64 kRowsAhead = kScanTile;
+
 #if defined(__AVX512F__)
 // The even and the odd elements of 16 words.
 inline void split(const float* words, float* even, float* odd, bf16) {
@@ -33,7 +37,10 @@ inline i64 pack_turned(const T* from, i64 stride, i64 steps, int count, float* t
   i64 i = 0;
   for (; i + kBlock <= steps; i += kBlock) {
     const float* rows[16];
-    for (int c = 0; c < 16; ++c) rows[c] = reinterpret_cast<const float*>(from + (c < count ? c : 0) * stride + i);
+    for (int c = 0; c < 16; ++c) {
+      rows[c] = reinterpret_cast<const float*>(from + (c < count ? c : 0) * stride + i);
+      __builtin_prefetch(rows[c] + kAhead / 4);
+    }
     if constexpr (sizeof(T) == 4) {
       transpose_16x16(rows, to + i * pitch, pitch);
     } else {  // pairs of steps travel as words
@@ -76,7 +83,10 @@ void pack(const T* from, i64 stride_c, i64 stride_l, i64 steps, int count, float
   if (pitch == 1 && stride_l == 1) {
     for (; i + kLanes <= steps; i += kLanes) store(to + i, load(from + i));
   } else if (stride_c == 1 && count == kLanes) {
-    for (; i < steps; ++i) store(to + i * pitch, load(from + i * stride_l));
+    for (; i < steps; ++i) {
+      __builtin_prefetch(from + (i + kRowsAhead) * stride_l);
+      store(to + i * pitch, load(from + i * stride_l));
+    }
   } else if (stride_c == 1 && pitch > 1) {
     for (; i < steps; ++i) store(to + i * pitch, load(from + i * stride_l, count));
   } else if (stride_l == 1 && pitch > 1) {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -135,9 +136,6 @@ def _places(path: Sequence[int], device: torch.device) -> torch.Tensor:
     return (offset + o[:, None] * outer_stride + i * inner_stride).flatten()
 
 
-Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Tensors]
-
-
 def _steps(
     h: torch.Tensor, u: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,7 +184,7 @@ def reference(
     dt = delta.to(wide) if delta_bias is None else delta.to(wide) + delta_bias.to(wide)[..., None]
     dt = F.softplus(dt, threshold=1000.0) if delta_softplus else dt
     cuts = [0, u.shape[2]] if cu_seqlens is None else cu_seqlens.tolist()
-    paths = [(1, b - a, a, 0, 1) for a, b in zip(cuts, cuts[1:], strict=False)]  # of packed sequences, one each
+    paths = [(1, b - a, a, 0, 1) for a, b in itertools.pairwise(cuts)]  # of packed sequences, one each
     if traversals is not None:
         paths = [tuple(traversals[5 * k : 5 * k + 5]) for k in range(K)]  # type: ignore[misc]
     out, finals = torch.zeros_like(x), []
@@ -224,11 +222,11 @@ def selective_scan(
 ) -> SelectiveScan:
     """Mamba's selective scan with skip connection and gate, for one order of the tokens or several at once.
 
-    Per channel and state ``h = exp(dt * A) * h + dt * B * u`` and ``y = C @ h + D * u``, with ``dt = softplus(delta + delta_bias)``
-    (or without the softplus); ``out = y * silu(z)``. With traversals, each of the K has its own parameters and states, runs over the
-    places that it names of *all* tensors, and their ``y`` are summed where they meet; places on no traversal are zeros. So Vim's
-    (:func:`effvlm.bidirectional`), VMamba's (:func:`effvlm.cross_scan`) and MSVMamba's (:func:`effvlm.multi_scale_scan`) scans with
-    their merge are one call, without permuted copies. Gradients go through PyTorch, computed again in √L segments.
+    Per channel and state ``h = exp(dt * A) * h + dt * B * u`` and ``y = C @ h + D * u``, with ``dt = delta + delta_bias`` or its
+    softplus; ``out = y * silu(z)``. With traversals, each of the K has its own parameters and states, runs over the places that
+    it names of *all* tensors, and their ``y`` are summed where they meet; places on no traversal are zeros. So the scans of Vim
+    (:func:`effvlm.bidirectional`), VMamba (:func:`effvlm.cross_scan`) and MSVMamba (:func:`effvlm.multi_scale_scan`), merge and
+    gate included, are one call without permuted copies. Gradients go through PyTorch, computed again in √L segments.
 
     Args:
         u: (B, D, L) float32, float16 or bfloat16, any strides, on CPU or CUDA.
@@ -241,14 +239,15 @@ def selective_scan(
         delta_softplus: whether dt is softplus(delta + delta_bias).
         initial_state: (S, D, N) or (S, K, D, N) float32; default zeros. S is B, or the number of packed sequences.
         cu_seqlens: (S + 1,) int32 from 0 to L: sequences packed into one row (B = 1), each with a state of its own.
-        traversals: K tuples ``(outer_count, inner_count, offset, outer_stride, inner_stride)`` (effvlm/ops/traversals.py), K up to 8.
+        traversals: K tuples ``(outer_count, inner_count, offset, outer_stride, inner_stride)``, K up to 8: step ``t`` is at place
+            ``offset + t // inner_count * outer_stride + t % inner_count * inner_stride``.
 
     Returns:
         ``SelectiveScan(out, final_state)``.
 
     Raises:
-        ValueError: wrong rank or shape, a traversal that leaves 0 … L−1 or comes to a place twice, traversals of packed sequences, or
-            (on CPU) ``cu_seqlens`` that does not ascend from 0 to L.
+        ValueError: wrong rank or shape, a traversal that leaves 0 … L−1 or comes to a place twice, traversals of packed
+            sequences, or (on CPU) ``cu_seqlens`` that does not ascend from 0 to L.
         TypeError: wrong dtype, complex A, or tensors on different devices.
 
     Source: Gu and Dao, Mamba, arXiv 2312.00752; Liu et al., VMamba, arXiv 2401.10166.
@@ -261,10 +260,8 @@ def selective_scan(
     if traversals is not None:
         flat = [int(number) for path in traversals for number in path]
         return SelectiveScan(*_op(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, flat))
-    only = (None if x is None else x[None] for x in (D, delta_bias))
-    delta, B, C = (x.unsqueeze(1) if isinstance(x, torch.Tensor) else x for x in (delta, B, C))
-    state = initial_state if initial_state is None else initial_state.unsqueeze(1)
-    D, bias = only
-    A = A[None] if isinstance(A, torch.Tensor) else A
-    out, final = _op(u, delta, A, B, C, D, z, bias, state, cu_seqlens, delta_softplus, None)
+    A, delta, B, C = A[None], delta.unsqueeze(1), B.unsqueeze(1), C.unsqueeze(1)
+    D, delta_bias = (None if x is None else x[None] for x in (D, delta_bias))
+    initial_state = None if initial_state is None else initial_state.unsqueeze(1)
+    out, final = _op(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, None)
     return SelectiveScan(out, final.squeeze(1))
