@@ -54,9 +54,17 @@ struct ChunkScanArgs {
 };
 
 EFFVLM_DECLARE_CPU(chunk_scan, ChunkScanArgs)
-// One size for every level: the largest that any of them needs.
+// Scratch of a thread in floats, at every level: step by step, and in chunks with the delta rule or decays per channel.
+constexpr std::int64_t kChunkScanSteps = 16, kChunkScanPanel = 32;
+inline std::int64_t chunk_scan_step_floats(const ChunkScanArgs& args) { return args.K * args.V + 2 * args.K + args.V; }
+inline std::int64_t chunk_scan_delta_floats(const ChunkScanArgs& args) {
+  const std::int64_t row = (args.K + 15) / 16 * 16, panel = kChunkScanPanel, columns = (args.V + panel - 1) / panel * panel;
+  return 7 * kChunkScanSteps * row + row / 2 * panel + row + kChunkScanSteps +
+         kChunkScanSteps * (2 * kChunkScanSteps + 3 * panel) + args.K * columns;
+}
 inline std::int64_t chunk_scan_workspace_cpu(const ChunkScanArgs& args) {
-  return args.threads * (args.K * args.V + 2 * args.K + args.V) * 4;
+  const std::int64_t steps = chunk_scan_step_floats(args), delta = chunk_scan_delta_floats(args);
+  return args.threads * (((steps > delta ? steps : delta) + 15) / 16 * 64);
 }
 void chunk_scan_cuda(const ChunkScanArgs& args, int device, void* stream);
 std::int64_t chunk_scan_workspace_cuda(const ChunkScanArgs& args);
