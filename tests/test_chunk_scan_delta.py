@@ -9,8 +9,7 @@ import torch
 from levels import at
 from tolerance import reduction_limit
 
-import effvlm
-from effvlm.ops.chunk_scan import reference
+from effvlm.ops.chunk_scan import chunk_scan, reference
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -31,9 +30,7 @@ def _scan(level: str, *args: torch.Tensor | None, cu_seqlens: torch.Tensor | Non
     """chunk_scan of (q, k, v, log_decay, beta, state) at a level, back on the CPU."""
     with at(level) as device:
         q, k, v, d, beta, state, cu = (None if x is None else x.to(device) for x in (*args, cu_seqlens))
-        found = effvlm.chunk_scan(
-            q, k, v, d, beta=beta, initial_state=state, cu_seqlens=cu, scale=q.shape[3] ** -0.5, l2norm=l2norm
-        )  # type: ignore[arg-type, union-attr]
+        found = chunk_scan(q, k, v, d, beta=beta, initial_state=state, cu_seqlens=cu, scale=q.shape[3] ** -0.5, l2norm=l2norm)  # type: ignore[arg-type, union-attr]
     return tuple(x.cpu() for x in found)
 
 

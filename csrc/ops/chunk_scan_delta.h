@@ -16,11 +16,12 @@ inline void solve_panel(int n, const float* M, float* D) {
   constexpr int W = f32v::width;
   for (int first = 0; first < n; first += 4) {
     const int end = first + 4 < n ? first + 4 : n;
-    tile_product<true>(end - first, kPanel, first, M + first * kSteps, kSteps, 1, D, kPanel, D + first * kPanel, kPanel);
+    tile_product<true>(end - first, kPanel, first, M + first * kDeltaSteps, kDeltaSteps, 1, D, kPanel, D + first * kPanel,
+                       kPanel);
     for (int l = first + 1; l < end; ++l)
       for (int c = 0; c < kPanel; c += W) {
         f32v sum = load(D + l * kPanel + c);
-        for (int s = first; s < l; ++s) sum = fma(set1(M[l * kSteps + s]), load(D + s * kPanel + c), sum);
+        for (int s = first; s < l; ++s) sum = fma(set1(M[l * kDeltaSteps + s]), load(D + s * kPanel + c), sum);
         store(D + l * kPanel + c, sum);
       }
   }
@@ -78,7 +79,7 @@ void chunk_of_panel(const DeltaTile& tile, int n, float scale, float* S) {
   }
   if (!all_finite(tile.D, n * kPanel)) return steps_of_panel<kPerChannel, kDelta>(tile, n, scale, S);
   read_state<T>(tile, n, S);
-  tile_product_causal<true>(n, kPanel, n, tile.P, kSteps, 1, tile.D, kPanel, tile.out, kPanel);
+  tile_product_causal<true>(n, kPanel, n, tile.P, kDeltaSteps, 1, tile.D, kPanel, tile.out, kPanel);
   for (int i = 0; i < K; ++i)
     for (int c = i * kPanel; c < (i + 1) * kPanel; c += W) store(S + c, set1(tile.total[i]) * load(S + c));
   tile_product<true>(K, kPanel, n, tile.k_out, 1, tile.row, tile.D, kPanel, S, kPanel);
@@ -89,9 +90,9 @@ void scan_panels(const ChunkScanArgs& a, const Head& head, float* scratch) {
   const DeltaTile tile(a, scratch);
   const float skip = a.skip ? a.skip[head.h * a.skip_stride] : 0;
   tile.move_state<true>(a.V, head.state);
-  for (i64 t = head.first; t < head.first + head.count; t += kSteps) {
+  for (i64 t = head.first; t < head.first + head.count; t += kDeltaSteps) {
     const i64 left = head.first + head.count - t;
-    const int n = static_cast<int>(left < kSteps ? left : kSteps);
+    const int n = static_cast<int>(left < kDeltaSteps ? left : kDeltaSteps);
     load_chunk<T, kPerChannel>(a, head, t, n, tile);
     decay_rows<T, kPerChannel>(tile, n, a.scale);
     if (kPerChannel) {

@@ -8,9 +8,8 @@
 namespace effvlm::EFFVLM_ISA {
 namespace {
 
-constexpr int kSteps = kChunkScanSteps;
 constexpr int kPanel = kTileVectors * f32v::width;  // columns of the state that go through a chunk together
-static_assert(kPanel <= kChunkScanPanel && kChunkScanPanel % kPanel == 0);
+static_assert(kPanel <= kDeltaPanel && kDeltaPanel % kPanel == 0);
 
 // Parts of a thread's scratch. Rows of `row` floats, zeros past K; panels of kPanel columns, zeros past V.
 struct DeltaTile {
@@ -24,10 +23,10 @@ struct DeltaTile {
 
   DeltaTile(const ChunkScanArgs& a, float* scratch) : K(a.K), row((a.K + 15) / 16 * 16) {
     const auto take = [&](i64 count) { return scratch += count, scratch - count; };
-    for (float** tile : {&q, &k, &decay, &q_in, &k_in, &k_out}) *tile = take(kSteps * row);
-    q_words = take(kSteps * row / 2), state_words = take((K + 1) / 2 * kPanel);
-    total = take(row), strength = take(kSteps), M = take(kSteps * kSteps), P = take(kSteps * kSteps);
-    for (float** tile : {&v, &D, &out}) *tile = take(kSteps * kPanel);
+    for (float** tile : {&q, &k, &decay, &q_in, &k_in, &k_out}) *tile = take(kDeltaSteps * row);
+    q_words = take(kDeltaSteps * row / 2), state_words = take((K + 1) / 2 * kPanel);
+    total = take(row), strength = take(kDeltaSteps), M = take(kDeltaSteps * kDeltaSteps), P = take(kDeltaSteps * kDeltaSteps);
+    for (float** tile : {&v, &D, &out}) *tile = take(kDeltaSteps * kPanel);
     std::memset(q, 0, static_cast<std::size_t>(scratch - q) * sizeof(float));
     state = scratch;
   }
@@ -74,7 +73,7 @@ void load_chunk(const ChunkScanArgs& a, const Head& head, i64 t, int n, const De
   load_rows<T>(a.q, a.q_stride, head.b, t, g, 0, n, a.K, tile.q, tile.row);
   load_rows<T>(a.k, a.k_stride, head.b, t, g, 0, n, a.K, tile.k, tile.row);
   if (a.l2norm) normalise_rows(n, tile.row, tile.q), normalise_rows(n, tile.row, tile.k);
-  const i64 count = kPerChannel ? n * tile.row : kSteps;
+  const i64 count = kPerChannel ? n * tile.row : kDeltaSteps;
   if (kPerChannel) {
     load_rows<float>(a.log_decay, a.decay_stride, head.b, t, head.h, 0, n, a.K, tile.decay, tile.row);
   } else {
@@ -113,7 +112,7 @@ void decay_rows(const DeltaTile& tile, int n, float scale) {
 
 // M and P of one factor per step: products of rows, times their decays.
 inline void score_steps(const DeltaTile& tile, int n, float scale) {
-  alignas(64) float of_q[kSteps][kSteps] = {}, of_k[kSteps][kSteps] = {}, gamma[kSteps] = {};
+  alignas(64) float of_q[kDeltaSteps][kDeltaSteps] = {}, of_k[kDeltaSteps][kDeltaSteps] = {}, gamma[kDeltaSteps] = {};
   for (int l = 0; l < n; l += 4)
     for (int s = 0; s <= l; s += 4) {
       const float *q[4], *k[4], *before[4];
@@ -129,10 +128,10 @@ inline void score_steps(const DeltaTile& tile, int n, float scale) {
       }
     }
   for (int l = 0; l < n; ++l) {
-    float *M = tile.M + l * kSteps, *P = tile.P + l * kSteps;
-    for (int s = 0; s < kSteps; ++s) gamma[s] *= tile.decay[l];
+    float *M = tile.M + l * kDeltaSteps, *P = tile.P + l * kDeltaSteps;
+    for (int s = 0; s < kDeltaSteps; ++s) gamma[s] *= tile.decay[l];
     gamma[l] = 1;
-    for (int s = 0; s < kSteps; ++s) {
+    for (int s = 0; s < kDeltaSteps; ++s) {
       P[s] = s <= l ? scale * (of_q[l][s] * gamma[s]) : 0;
       M[s] = -tile.strength[l] * (of_k[l][s] * gamma[s]);  // from the diagonal on nobody reads it
     }
@@ -161,8 +160,8 @@ void add_scores(const DeltaTile& tile, int n, i64 c) {
       float total[4];
       reduce_add4(sum, total);
       for (int h = 0; h < count; ++h) {
-        tile.P[(l + h) * kSteps + s] += total[2 * h];
-        tile.M[(l + h) * kSteps + s] += total[2 * h + 1];
+        tile.P[(l + h) * kDeltaSteps + s] += total[2 * h];
+        tile.M[(l + h) * kDeltaSteps + s] += total[2 * h + 1];
       }
     }
   }
@@ -176,10 +175,10 @@ void add_scores_from(const DeltaTile& tile, int n, i64 c) {
 
 // M and P of factors per channel. Above the diagonal they stay zero.
 inline void score_channels(const DeltaTile& tile, int n, float scale) {
-  for (int i = 0; i < kSteps * kSteps; ++i) tile.M[i] = tile.P[i] = 0;
+  for (int i = 0; i < kDeltaSteps * kDeltaSteps; ++i) tile.M[i] = tile.P[i] = 0;
   add_scores_from(tile, n, 0);
   for (int l = 0; l < n; ++l)
-    for (int s = 0; s < kSteps; ++s) tile.P[l * kSteps + s] *= scale, tile.M[l * kSteps + s] *= -tile.strength[l];
+    for (int s = 0; s < kDeltaSteps; ++s) tile.P[l * kDeltaSteps + s] *= scale, tile.M[l * kDeltaSteps + s] *= -tile.strength[l];
 }
 
 }  // namespace

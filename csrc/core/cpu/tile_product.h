@@ -45,7 +45,10 @@ inline void tile_block(int tail, int k, const float* a, std::int64_t a_row, std:
   for (int i = 0; i < MR; ++i)
     for (int v = 0; v < NV; ++v) {
       float* to = c + i * c_row + v * W;
-      kTail&& v == NV - 1 ? store(to, sum[i][v], tail) : store(to, sum[i][v]);
+      if (kTail && v == NV - 1)
+        store(to, sum[i][v], tail);
+      else
+        store(to, sum[i][v]);
     }
 }
 
@@ -107,6 +110,11 @@ void tile_pairs_causal(int m, int n, int pairs, const float* a, std::int64_t a_r
 
 // ---- packing words of two bf16 ----
 
+inline void store_rounded(bf16* p, f32v x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x.v));
+}
+inline void store_rounded(bf16* p, f32v x, int n) { _mm256_mask_storeu_epi16(p, first(n), (__m256i)_mm512_cvtneps_pbh(x.v)); }
+
 // Words (low[l], high[l]), rounded to nearest even.
 inline f32v words_of(f32v low, f32v high) {
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);
@@ -136,8 +144,8 @@ void pair_columns(int rows, int n, const T* from, std::int64_t stride, float* to
     bf16* row = reinterpret_cast<bf16*>(to);
     if (n % 2) row[n].bits = 0;
     for_lanes(
-        n, [&](std::int64_t j) { store(row + j, load(from + j)); },
-        [&](std::int64_t j, int left) { store(row + j, load(from + j, left), left); });
+        n, [&](std::int64_t j) { store_rounded(row + j, load(from + j)); },
+        [&](std::int64_t j, int left) { store_rounded(row + j, load(from + j, left), left); });
   }
 }
 #endif
