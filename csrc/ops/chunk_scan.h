@@ -57,18 +57,18 @@ EFFVLM_DECLARE_CPU(chunk_scan, ChunkScanArgs)
 namespace {  // internal linkage: compiled once per ISA level, and the linker must not merge the copies
 
 // What a thread needs on the CPU. One size for every level: the largest that any of them needs.
-constexpr std::int64_t kChunkSteps = 64;
+constexpr int kDecaySteps = 64;
 inline std::int64_t chunk_scan_steps_bytes(const ChunkScanArgs& args) { return (3 * args.K + 2 * args.V) * 4; }
 
-// Scalar decay. Tiles of f32 whose rows have K or V elements, rounded up, or kChunkSteps.
+// Scalar decay. Tiles of f32 whose rows have K or V elements, rounded up, or kDecaySteps.
 struct ChunkScanDecayLayout : Workspace {
   std::int64_t k_row, v_row, steps, sums, q, k, q_words, k_words, k_turned, scores, v, v_words, write, weights, state_words, out,
       factors;
 
   explicit ChunkScanDecayLayout(const ChunkScanArgs& args) {
-    constexpr std::int64_t Q = kChunkSteps;
+    constexpr std::int64_t Q = kDecaySteps;
     k_row = (args.K + 15) / 16 * 16, v_row = (args.V + 15) / 16 * 16;
-    steps = take(chunk_scan_steps_bytes(args)), sums = take((Q + 1) * 8), factors = take(10 * Q * 4);
+    steps = take(chunk_scan_steps_bytes(args)), sums = take((Q + 1) * 8), factors = take(7 * Q * 4);
     q = take(Q * k_row * 4), k = take(Q * k_row * 4), q_words = take(Q * k_row * 4), k_words = take(Q * k_row * 4);
     k_turned = take(Q * k_row * 4), scores = take(Q * Q * 4), weights = take(Q * Q * 4);
     v = take(Q * v_row * 4), v_words = take(Q / 2 * v_row * 4), write = take(Q * v_row * 4), out = take(Q * v_row * 4);

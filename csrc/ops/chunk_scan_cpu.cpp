@@ -26,7 +26,7 @@ void start_state(const ChunkScanArgs& a, i64 s, const Head& head) {
 
 // Heads of a group that are scanned together: scores are shared, threads must all get some.
 i64 heads_together(const ChunkScanArgs& a) {
-  const i64 group = a.H / a.G, fair = a.S * a.H / (4 * a.threads), most = fair < 8 ? fair : 8;
+  const i64 group = a.H / a.G, fair = a.S * a.H / (3 * a.threads), most = fair < 8 ? fair : 8;
   return most < 1 ? 1 : most < group ? most : group;
 }
 

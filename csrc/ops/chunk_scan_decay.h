@@ -15,14 +15,15 @@
 namespace effvlm::EFFVLM_ISA {
 namespace {
 
-constexpr int kSteps = static_cast<int>(kChunkSteps), kBlock = 16;
+constexpr int kDecayBlock = 16;
+constexpr i64 kFewSteps = 8;  // up to here it is faster one by one
 
 #if defined(__AVX512BF16__)
 template <class T>
-constexpr bool kPairs = std::is_same_v<T, bf16>;
+constexpr bool kPairsOf = std::is_same_v<T, bf16>;
 #else
 template <class T>
-constexpr bool kPairs = false;
+constexpr bool kPairsOf = false;
 #endif
 
 // The parts of a thread's workspace, see the layout.
@@ -38,8 +39,8 @@ struct DecayTiles {
     k_row = at.k_row, v_row = at.v_row, sums = reinterpret_cast<double*>(base + at.sums), steps = part(at.steps);
     q = part(at.q), k = part(at.k), q_words = part(at.q_words), k_words = part(at.k_words), k_turned = part(at.k_turned);
     scores = part(at.scores), v = part(at.v), v_words = part(at.v_words), write = part(at.write), weights = part(at.weights);
-    state_words = part(at.state_words), out = part(at.out), q_scale = part(at.factors), k_scale = q_scale + kSteps;
-    gain = k_scale + kSteps, since = gain + kSteps, until = since + kSteps;
+    state_words = part(at.state_words), out = part(at.out), q_scale = part(at.factors), k_scale = q_scale + kDecaySteps;
+    gain = k_scale + kDecaySteps, since = gain + kDecaySteps, until = since + kDecaySteps;
   }
 };
 
@@ -60,20 +61,19 @@ inline float inverse_norm(const float* x, i64 count) {
 
 // scores[l][s] = scale·<q_l, k_s>, of normalised q and k where that is asked for, s up to the end of l's block.
 template <class Mac>
-void score_chunk(const ChunkScanArgs& a, int n, int words, const float* q, i64 q_row, const float* k, const DecayTiles& w) {
-  for (int l = 0; l < n; l += kBlock) {
-    const int rows = n - l < kBlock ? n - l : kBlock;
-    tile_product_of<Mac, false, false>(rows, l + kBlock, words, q + l * q_row, q_row, 1, w.k_turned, kSteps,
-                                       w.scores + l * kSteps, kSteps);
+void score_chunk(const ChunkScanArgs& a, int n, int words, const float* q, const DecayTiles& w) {
+  for (int l = 0; l < n; l += kDecayBlock) {
+    const int rows = n - l < kDecayBlock ? n - l : kDecayBlock;
+    tile_product_of<Mac, false, false>(rows, l + kDecayBlock, words, q + l * w.k_row, w.k_row, 1, w.k_turned, kDecaySteps,
+                                       w.scores + l * kDecaySteps, kDecaySteps);
   }
-  static_cast<void>(k);
   for (int l = 0; l < n; ++l) {
     w.q_scale[l] = a.scale * (a.l2norm ? inverse_norm(w.q + l * w.k_row, a.K) : 1);
     w.k_scale[l] = a.l2norm ? inverse_norm(w.k + l * w.k_row, a.K) : 1;
   }
   for (int l = 0; l < n; ++l)
     for (int s = 0; s <= l; s += f32v::width) {
-      float* score = w.scores + l * kSteps + s;
+      float* score = w.scores + l * kDecaySteps + s;
       store(score, load(score) * (set1(w.q_scale[l]) * load(w.k_scale + s)));
     }
 }
@@ -86,7 +86,7 @@ void share_chunk(const ChunkScanArgs& a, const Head& chunk, i64 g, const DecayTi
   const float *q = w.q, *k = w.k;
   int words = K;
 #if defined(__AVX512BF16__)
-  if constexpr (kPairs<T>) {
+  if constexpr (kPairsOf<T>) {
     pair_columns(n, K, w.q, w.k_row, w.q_words, w.k_row);
     pair_columns(n, K, w.k, w.k_row, w.k_words, w.k_row);
     q = w.q_words, k = w.k_words, words = (K + 1) / 2;
@@ -96,19 +96,19 @@ void share_chunk(const ChunkScanArgs& a, const Head& chunk, i64 g, const DecayTi
     for (int c = 0; c < words; c += 16) {
       const float* row[16];
       for (int i = 0; i < 16; ++i) row[i] = k + (s + i) * w.k_row + c;
-      transpose_16x16(row, w.k_turned + c * kSteps + s, kSteps);
+      transpose_16x16(row, w.k_turned + c * kDecaySteps + s, kDecaySteps);
     }
 #if defined(__AVX512BF16__)
-  if constexpr (kPairs<T>) return score_chunk<MacPairs>(a, n, words, q, w.k_row, k, w);
+  if constexpr (kPairsOf<T>) return score_chunk<MacPairs>(a, n, words, q, w);
 #endif
-  score_chunk<MacF32>(a, n, words, q, w.k_row, k, w);
+  score_chunk<MacF32>(a, n, words, q, w);
 }
 
 // ---- one head ----
 
 // to[i] = exp(sign·(x[i] − base)), in whole vectors.
 inline void exp_differences(const double* x, double base, double sign, int count, float* to) {
-  count = (count + kBlock - 1) / kBlock * kBlock;
+  count = (count + kDecayBlock - 1) / kDecayBlock * kDecayBlock;
   for (int i = 0; i < count; ++i) to[i] = static_cast<float>(sign * (x[i] - base));
   for (int i = 0; i < count; i += f32v::width) store(to + i, exp(load(to + i)));
 }
@@ -125,10 +125,10 @@ inline void decays_of_chunk(const ChunkScanArgs& a, const Head& chunk, const Dec
     w.sums[l + 1] = total += step < -1e4f ? -1e4f : step;  // NaN stays
     w.gain[l] = gain ? gain[l * a.gain_stride[1]] : 1;
   }
-  for (int l = n; l < kSteps; ++l) w.sums[l + 1] = total, w.gain[l] = 0;
-  for (int l = 0; l < n; l += kBlock) exp_differences(w.sums + l + 1, w.sums[l], 1, kBlock, w.since + l);
-  for (int l = kBlock; l < n; l += kBlock) {
-    float* until = w.until + (l / kBlock - 1) * kSteps;
+  for (int l = n; l < kDecaySteps; ++l) w.sums[l + 1] = total, w.gain[l] = 0;
+  for (int l = 0; l < n; l += kDecayBlock) exp_differences(w.sums + l + 1, w.sums[l], 1, kDecayBlock, w.since + l);
+  for (int l = kDecayBlock; l < n; l += kDecayBlock) {
+    float* until = w.until + (l / kDecayBlock - 1) * kDecaySteps;
     exp_differences(w.sums + 1, w.sums[l], -1, l, until);
     for (int s = 0; s < l; s += f32v::width) store(until + s, load(until + s) * load(w.gain + s));
   }
@@ -137,7 +137,7 @@ inline void decays_of_chunk(const ChunkScanArgs& a, const Head& chunk, const Dec
 template <class T>
 inline void put_weight(float* row, int s, f32v x) {
 #if defined(__AVX512BF16__)
-  if constexpr (kPairs<T>) return store_rounded(reinterpret_cast<bf16*>(row) + s, x);
+  if constexpr (kPairsOf<T>) return store_rounded(reinterpret_cast<bf16*>(row) + s, x);
 #endif
   store(row + s, x);
 }
@@ -147,13 +147,13 @@ template <class T>
 void weigh_scores(int n, const DecayTiles& w) {
   constexpr int W = f32v::width;
   for (int l = 0; l < n; ++l) {
-    const int begin = l / kBlock * kBlock, end = begin + kBlock;
-    const float *score = w.scores + l * kSteps, *until = w.until + (begin / kBlock - 1) * kSteps;
-    float* to = w.weights + l * kSteps / (kPairs<T> ? 2 : 1);
+    const int begin = l / kDecayBlock * kDecayBlock, end = begin + kDecayBlock;
+    const float *score = w.scores + l * kDecaySteps, *until = w.until + (begin / kDecayBlock - 1) * kDecaySteps;
+    float* to = w.weights + l * kDecaySteps / (kPairsOf<T> ? 2 : 1);
     const f32v since = set1(w.since[l]);
     for (int s = 0; s < begin; s += W) put_weight<T>(to, s, load(score + s) * (since * load(until + s)));
-    float apart[kBlock];
-    for (int s = 0; s < kBlock; ++s) apart[s] = static_cast<float>(w.sums[l + 1] - w.sums[begin + s + 1]);
+    float apart[kDecayBlock];
+    for (int s = 0; s < kDecayBlock; ++s) apart[s] = static_cast<float>(w.sums[l + 1] - w.sums[begin + s + 1]);
     for (int s = begin; s < end; s += W) {
       const int left = l + 1 - s;  // what lies beyond the diagonal may be NaN
       if (left >= W) {
@@ -164,7 +164,7 @@ void weigh_scores(int n, const DecayTiles& w) {
         put_weight<T>(to, s, set1(0));
       }
     }
-    for (int s = end; s < end + kBlock && s < kSteps; s += W) put_weight<T>(to, s, set1(0));
+    for (int s = end; s < end + kDecayBlock && s < kDecaySteps; s += W) put_weight<T>(to, s, set1(0));
   }
 }
 
@@ -173,7 +173,7 @@ template <class T>
 bool load_values(const ChunkScanArgs& a, const Head& chunk, const DecayTiles& w) {
   const int n = static_cast<int>(chunk.count);
   load_tile<T>(a.v, a.v_stride, chunk, chunk.h, a.V, w.v, w.v_row);
-  float strength[kSteps];
+  float strength[kDecaySteps];
   exp_differences(w.sums + 1, w.sums[n], -1, n, strength);
   f32v nothing = set1(0);
   for (int s = 0; s < n; ++s) {
@@ -200,21 +200,21 @@ inline void scale_rows(int rows, i64 n, float* x, i64 stride, const float* facto
 template <class T>
 void chunk_out(const ChunkScanArgs& a, int n, const float* S, const DecayTiles& w) {
   const int K = static_cast<int>(a.K), V = static_cast<int>(a.V);
-  float since_start[kSteps];
+  float since_start[kDecaySteps];
   exp_differences(w.sums + 1, 0, 1, n, since_start);
   for (int l = 0; l < n; ++l) since_start[l] *= w.q_scale[l];
 #if defined(__AVX512BF16__)
-  if constexpr (kPairs<T>) {
+  if constexpr (kPairsOf<T>) {
     pair_rows(K, V, S, V, w.state_words, w.v_row);
     tile_pairs<false>(n, V, (K + 1) / 2, w.q_words, w.k_row, 1, w.state_words, w.v_row, w.out, w.v_row);
     scale_rows(n, V, w.out, w.v_row, since_start, 1);
     pair_rows(n, V, w.v, w.v_row, w.v_words, w.v_row);
-    return tile_pairs_causal<true>(n, V, (n + 1) / 2, w.weights, kSteps / 2, 1, w.v_words, w.v_row, w.out, w.v_row);
+    return tile_pairs_causal<true>(n, V, (n + 1) / 2, w.weights, kDecaySteps / 2, 1, w.v_words, w.v_row, w.out, w.v_row);
   }
 #endif
   tile_product<false>(n, V, K, w.q, w.k_row, 1, S, V, w.out, w.v_row);
   scale_rows(n, V, w.out, w.v_row, since_start, 1);
-  tile_product_causal<true>(n, V, n, w.weights, kSteps, 1, w.v, w.v_row, w.out, w.v_row);
+  tile_product_causal<true>(n, V, n, w.weights, kDecaySteps, 1, w.v, w.v_row, w.out, w.v_row);
 }
 
 template <class T>
@@ -241,11 +241,18 @@ void scan_chunk(const ChunkScanArgs& a, const Head& chunk, const DecayTiles& w) 
 template <class T>
 void scan_decay(const ChunkScanArgs& a, const Head& head, i64 heads, char* scratch) {
   const DecayTiles w(a, scratch);
-  for (i64 t = 0; t < head.count; t += kSteps) {
-    Head chunk = head;
-    chunk.first += t, chunk.count = head.count - t < kSteps ? head.count - t : kSteps;
-    share_chunk<T>(a, chunk, head.h / (a.H / a.G), w);
-    for (i64 i = 0; i < heads; ++i, ++chunk.h, chunk.state += a.K * a.V) scan_chunk<T>(a, chunk, w);
+  Head chunk = head;
+  for (i64 left = head.count; left > 0; left -= chunk.count, chunk.first += chunk.count) {
+    chunk.count = left < kDecaySteps ? left : kDecaySteps;
+    if (chunk.count > kFewSteps) share_chunk<T>(a, chunk, head.h / (a.H / a.G), w);
+    for (i64 i = 0; i < heads; ++i) {
+      const Head one{chunk.b, head.h + i, chunk.first, chunk.count, head.state + i * a.K * a.V};
+      if (chunk.count > kFewSteps) {
+        scan_chunk<T>(a, one, w);
+      } else {
+        scan_steps<T>(a, one, w.steps);
+      }
+    }
   }
 }
 
