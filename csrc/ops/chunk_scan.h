@@ -10,10 +10,9 @@
 //            hands its initial state on. d = −∞ forgets all (exp is 0). Sums of d over a chunk are kept in f64: chunks of extreme
 //            decays stay right. NaN stays inside its head and, forwards, its sequence
 // Order      sums in a fixed order: same result every run and for any thread count
-// Parallel   CPU: (sequence, head) over threads.  CUDA: block per (sequence, head, part of V)
-// Cost       reads L·(2G·K + H·V)·e, writes L·H·V·e bytes; about H·L·(4K·V + Q·(K + V)) flops with chunks of Q steps, 6K·V for
-// the
-//            delta rule
+// Parallel   CPU: (sequence, some heads of a group) over threads.  CUDA: block per (sequence, head, part of V)
+// Cost       reads L·(2G·K + H·V)·e, writes L·H·V·e bytes; about H·L·(4K·V + Q·(K + V)) flops with chunks of Q steps, 6K·V
+//            for the delta rule
 // Why so     inside a chunk the recurrence is a causal product of matrices, so that all of its work is products
 // Not for    one step at a time: state_update
 #pragma once
@@ -54,10 +53,45 @@ struct ChunkScanArgs {
 };
 
 EFFVLM_DECLARE_CPU(chunk_scan, ChunkScanArgs)
-// One size for every level: the largest that any of them needs.
-inline std::int64_t chunk_scan_workspace_cpu(const ChunkScanArgs& args) {
-  return args.threads * (args.K * args.V + 2 * args.K + args.V) * 4;
+
+namespace {  // internal linkage: compiled once per ISA level, and the linker must not merge the copies
+
+// What a thread needs on the CPU. One size for every level: the largest that any of them needs.
+constexpr int kDecaySteps = 64;
+inline std::int64_t chunk_scan_steps_bytes(const ChunkScanArgs& args) { return (3 * args.K + 2 * args.V) * 4; }
+
+// Scalar decay. Tiles of f32 whose rows have K or V elements, rounded up, or kDecaySteps.
+struct ChunkScanDecayLayout : Workspace {
+  std::int64_t k_row, v_row, steps, sums, q, k, q_words, k_words, k_turned, scores, v, v_words, write, weights, state_words, out,
+      factors;
+
+  explicit ChunkScanDecayLayout(const ChunkScanArgs& args) {
+    constexpr std::int64_t Q = kDecaySteps;
+    k_row = (args.K + 15) / 16 * 16, v_row = (args.V + 15) / 16 * 16;
+    steps = take(chunk_scan_steps_bytes(args)), sums = take((Q + 1) * 8), factors = take(7 * Q * 4);
+    q = take(Q * k_row * 4), k = take(Q * k_row * 4), q_words = take(Q * k_row * 4), k_words = take(Q * k_row * 4);
+    k_turned = take(Q * k_row * 4), scores = take(Q * Q * 4), weights = take(Q * Q * 4);
+    v = take(Q * v_row * 4), v_words = take(Q / 2 * v_row * 4), write = take(Q * v_row * 4), out = take(Q * v_row * 4);
+    state_words = take((args.K + 1) / 2 * v_row * 4);
+  }
+};
+
+// The delta rule, and decays per channel: see DeltaTile.
+constexpr std::int64_t kDeltaSteps = 16, kDeltaPanel = 32;
+inline std::int64_t chunk_scan_delta_bytes(const ChunkScanArgs& args) {
+  const std::int64_t row = (args.K + 15) / 16 * 16, columns = (args.V + kDeltaPanel - 1) / kDeltaPanel * kDeltaPanel;
+  const std::int64_t rows = 7 * kDeltaSteps + kDeltaPanel / 2 + 1, others = 2 * kDeltaSteps + 3 * kDeltaPanel + 1;
+  return (rows * row + others * kDeltaSteps + columns * args.K) * 4;
 }
+
+inline std::int64_t chunk_scan_workspace_cpu(const ChunkScanArgs& args) {
+  const bool delta = args.beta || args.per_channel;
+  const std::int64_t bytes = delta ? chunk_scan_delta_bytes(args) : ChunkScanDecayLayout(args).bytes;
+  return args.threads * ((bytes + 255) / 256 * 256);
+}
+
+}  // namespace
+
 void chunk_scan_cuda(const ChunkScanArgs& args, int device, void* stream);
 std::int64_t chunk_scan_workspace_cuda(const ChunkScanArgs& args);
 

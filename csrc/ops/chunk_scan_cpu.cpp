@@ -24,21 +24,32 @@ void start_state(const ChunkScanArgs& a, i64 s, const Head& head) {
     for (i64 j = 0; j < a.V; ++j) head.state[i * a.V + j] = from[i * a.initial_stride[2] + j * a.initial_stride[3]];
 }
 
+// Heads of a group that are scanned together: scores are shared, threads must all get some.
+i64 heads_together(const ChunkScanArgs& a) {
+  const i64 group = a.H / a.G, fair = a.S * a.H / (3 * a.threads), most = fair < 8 ? fair : 8;
+  return most < 1 ? 1 : most < group ? most : group;
+}
+
 }  // namespace
 
 void chunk_scan_cpu(const ChunkScanArgs& a) {
+  if (a.S * a.H == 0) return;
+  const bool delta = a.beta || a.per_channel;
+  const i64 group = a.H / a.G, together = delta ? 1 : heads_together(a), parts = (group + together - 1) / together;
+  const i64 scratch_bytes = chunk_scan_workspace_cpu(a) / a.threads;
   by_float_dtype("chunk_scan", a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const i64 scratch_bytes = chunk_scan_workspace_cpu(a) / a.threads;
-    parallel_for(a.S * a.H, 1, a.threads, [&](i64 begin, i64 end, int thread) {
-      float* scratch = reinterpret_cast<float*>(static_cast<char*>(a.workspace) + thread * scratch_bytes);
+    parallel_for(a.S * a.G * parts, 1, a.threads, [&](i64 begin, i64 end, int thread) {
+      char* scratch = static_cast<char*>(a.workspace) + thread * scratch_bytes;
       for (i64 i = begin; i < end; ++i) {
-        const Head head = head_of(a, i / a.H, i % a.H);
-        start_state(a, i / a.H, head);
-        if (a.beta || a.per_channel) {
-          scan_delta<T>(a, head, scratch);
+        const i64 s = i / (a.G * parts), first = i / parts % a.G * group + i % parts * together;
+        const i64 left = group - i % parts * together, heads = left < together ? left : together;
+        for (i64 h = first; h < first + heads; ++h) start_state(a, s, head_of(a, s, h));
+        const Head head = head_of(a, s, first);
+        if (delta) {
+          scan_delta<T>(a, head, reinterpret_cast<float*>(scratch));
         } else {
-          scan_decay<T>(a, head, scratch);
+          scan_decay<T>(a, head, heads, scratch);
         }
       }
     });

@@ -23,6 +23,12 @@ inline float exp1(float x) {
 template <class T>
 inline void load_row(const void* base, const i64* stride, i64 b, i64 t, i64 h, i64 count, float* to) {
   const T* from = static_cast<const T*>(base) + b * stride[0] + t * stride[1] + h * stride[2];
+  if (stride[3] == 1) {
+    for_lanes(
+        count, [&](i64 c) { store(to + c, load(from + c)); },
+        [&](i64 c, int left) { store(to + c, load(from + c, left), left); });
+    return;
+  }
   for (i64 c = 0; c < count; ++c) to[c] = to_f32(from[c * stride[3]]);
 }
 
@@ -33,34 +39,81 @@ inline void normalise(float* x, i64 count) {
   for (i64 c = 0; c < count; ++c) x[c] *= inverse;
 }
 
+// One step of NV vectors of columns; `left` lanes of the last where kTail. x: q, k and the decays of one step, K each.
+template <int NV, bool kTail>
+inline void step_columns(i64 K, i64 V, const float* x, bool delta, float strength, const float* v, float* S, float* out,
+                         int left) {
+  constexpr int W = f32v::width;
+  const auto take = [&](const float* p, int n) { return kTail && n == NV - 1 ? load(p + n * W, left) : load(p + n * W); };
+  const auto put = [&](float* p, f32v y, int n) {
+    if (kTail && n == NV - 1)
+      store(p + n * W, y, left);
+    else
+      store(p + n * W, y);
+  };
+  const float *q = x, *k = x + K, *decay = x + 2 * K;
+  f32v write[NV], sum[NV];
+  for (int n = 0; n < NV; ++n) write[n] = take(v, n), sum[n] = set1(0);
+  if (delta) {
+    for (i64 i = 0; i < K; ++i) {
+      const f32v c = set1(k[i] * decay[i]);
+      for (int n = 0; n < NV; ++n) sum[n] = fma(c, take(S + i * V, n), sum[n]);
+    }
+    for (int n = 0; n < NV; ++n) write[n] = write[n] - sum[n], sum[n] = set1(0);
+  }
+  for (int n = 0; n < NV; ++n) write[n] = set1(strength) * write[n];
+  for (i64 i = 0; i < K; ++i) {
+    const f32v ki = set1(k[i]), qi = set1(q[i]), di = set1(decay[i]);
+    for (int n = 0; n < NV; ++n) {
+      const f32v s = fma(ki, write[n], di * take(S + i * V, n));
+      put(S + i * V, s, n);
+      sum[n] = fma(qi, s, sum[n]);
+    }
+  }
+  for (int n = 0; n < NV; ++n) put(out, sum[n], n);
+}
+
+inline void decays_of(const ChunkScanArgs& a, const Head& head, i64 t, float* to) {
+  const float* d = a.log_decay + head.b * a.decay_stride[0] + t * a.decay_stride[1] + head.h * a.decay_stride[2];
+  if (!a.per_channel) {
+    const float decay = exp1(*d);
+    for (i64 i = 0; i < a.K; ++i) to[i] = decay;
+    return;
+  }
+  for (i64 i = 0; i < a.K; ++i) to[i] = d[i * a.decay_stride[3]];
+  for_lanes(
+      a.K, [&](i64 i) { store(to + i, exp(load(to + i))); },
+      [&](i64 i, int left) { store(to + i, exp(load(to + i, left)), left); });
+}
+
+// scratch: 3·K + 2·V floats.
 template <class T>
 void scan_steps(const ChunkScanArgs& a, const Head& head, float* scratch) {
-  float *q = scratch, *k = q + a.K, *v = k + a.K, *S = head.state;
+  constexpr int W = f32v::width;
+  float *q = scratch, *k = q + a.K, *v = k + 2 * a.K, *sums = v + a.V;
   const i64 g = head.h / (a.H / a.G);
+  const f32v scale = set1(a.scale), skip = set1(a.skip ? a.skip[head.h * a.skip_stride] : 0);
   for (i64 t = head.first; t < head.first + head.count; ++t) {
     load_row<T>(a.q, a.q_stride, head.b, t, g, a.K, q);
     load_row<T>(a.k, a.k_stride, head.b, t, g, a.K, k);
     load_row<T>(a.v, a.v_stride, head.b, t, head.h, a.V, v);
     if (a.l2norm) normalise(q, a.K), normalise(k, a.K);
-    const float* d = a.log_decay + head.b * a.decay_stride[0] + t * a.decay_stride[1] + head.h * a.decay_stride[2];
-    for (i64 i = 0; i < a.K; ++i) {
-      const float decay = exp1(d[i * a.decay_stride[3]]);
-      for (i64 j = 0; j < a.V; ++j) S[i * a.V + j] *= decay;
-    }
-    const float skip = a.skip ? a.skip[head.h * a.skip_stride] : 0;
+    decays_of(a, head, t, k + a.K);
     const auto at = [&](const float* x, const i64* s) { return x[head.b * s[0] + t * s[1] + head.h * s[2]]; };
+    const float strength = a.beta ? at(a.beta, a.beta_stride) : a.gain ? at(a.gain, a.gain_stride) : 1;
+    i64 j = 0;
+    for (; j + 4 * W <= a.V; j += 4 * W)
+      step_columns<4, false>(a.K, a.V, q, a.beta, strength, v + j, head.state + j, sums + j, 0);
+    for_lanes(
+        a.V - j,
+        [&](i64 c) { step_columns<1, false>(a.K, a.V, q, a.beta, strength, v + j + c, head.state + j + c, sums + j + c, 0); },
+        [&](i64 c, int left) {
+          step_columns<1, true>(a.K, a.V, q, a.beta, strength, v + j + c, head.state + j + c, sums + j + c, left);
+        });
     T* out = static_cast<T*>(a.out) + ((head.b * a.L + t) * a.H + head.h) * a.V;
-    for (i64 j = 0; j < a.V; ++j) {
-      float old = 0, sum = 0;
-      if (a.beta)
-        for (i64 i = 0; i < a.K; ++i) old += S[i * a.V + j] * k[i];
-      const float write = a.beta ? at(a.beta, a.beta_stride) * (v[j] - old) : a.gain ? at(a.gain, a.gain_stride) * v[j] : v[j];
-      for (i64 i = 0; i < a.K; ++i) {
-        S[i * a.V + j] += k[i] * write;
-        sum += S[i * a.V + j] * q[i];
-      }
-      from_f32(a.scale * sum + skip * v[j], out[j]);
-    }
+    for_lanes(
+        a.V, [&](i64 c) { store(out + c, fma(skip, load(v + c), scale * load(sums + c))); },
+        [&](i64 c, int left) { store(out + c, fma(skip, load(v + c, left), scale * load(sums + c, left)), left); });
   }
 }
 

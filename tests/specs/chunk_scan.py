@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,6 +85,29 @@ def _bytes(case: Case, dtype: torch.dtype) -> float:
     return float(B * L * (2 * G * K + 2 * H * V) * dtype.itemsize + 4 * B * H * K * V)
 
 
+def prepare_transformers(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    gain: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    skip: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    scale: float,
+    l2norm: bool,
+) -> Callable[[], torch.Tensor]:
+    """Mamba-2's scan as transformers has it: C, B and x for q, k and v; Δ = gain and A = log_decay/gain."""
+    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+
+    if beta is not None or cu_seqlens is not None or l2norm or gain is None or log_decay.dim() == 4:
+        raise ValueError("transformers: scalar decays and gains only")
+    A, C = log_decay / gain, q * scale
+    start = None if initial_state is None else initial_state.mT
+    return lambda: mamba2_chunk_scan(v, gain, A, k, C, 256, D=skip, initial_states=start, return_final_states=True)[0]
+
+
 def _set(index: int, value: Any) -> Any:
     return lambda args: args.__setitem__(index, value)
 
@@ -96,6 +120,7 @@ SPEC = Spec(
     flops=_flops,
     bytes=_bytes,
     opaque=(8,),
+    prepared={"transformers": prepare_transformers},
     bad=(
         Bad("rank", lambda a: a.__setitem__(2, a[2][0]), ValueError, "(B, L, H, V)"),
         Bad("dtype", lambda a: a.__setitem__(0, a[0].double()), TypeError, "float64"),
