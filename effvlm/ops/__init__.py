@@ -1,5 +1,6 @@
 """The ops: one file each, named as in ``csrc/ops``."""
 
+from effvlm.ops.causal_conv1d import causal_conv1d
 from effvlm.ops.grouped_linear import grouped_linear
 from effvlm.ops.moe_ffn import moe_ffn
 from effvlm.ops.moe_route import MoeRoute, moe_route
@@ -20,6 +21,7 @@ __all__ = [
     "TokenMatch",
     "TokenMerge",
     "TokenSelect",
+    "causal_conv1d",
     "grouped_linear",
     "moe_ffn",
     "moe_route",
