@@ -7,7 +7,7 @@
 #include "core/cpu/parallel.h"
 #include "core/dispatch.h"
 #include "ops/causal_conv1d.h"
-#include "ops/causal_conv1d_columns.h"
+#include "core/cpu/strided.h"
 
 namespace effvlm::EFFVLM_ISA {
 namespace {

@@ -4,6 +4,7 @@ from effvlm.ops.causal_conv1d import causal_conv1d
 from effvlm.ops.grouped_linear import grouped_linear
 from effvlm.ops.moe_ffn import moe_ffn
 from effvlm.ops.moe_route import MoeRoute, moe_route
+from effvlm.ops.state_update import delta_update, state_update
 from effvlm.ops.ternary_matmul import ternary_matmul
 from effvlm.ops.ternary_unpack import ternary_unpack
 from effvlm.ops.ternary_weight import TernaryWeight, ternary_pack
@@ -22,9 +23,11 @@ __all__ = [
     "TokenMerge",
     "TokenSelect",
     "causal_conv1d",
+    "delta_update",
     "grouped_linear",
     "moe_ffn",
     "moe_route",
+    "state_update",
     "ternary_matmul",
     "ternary_pack",
     "ternary_unpack",

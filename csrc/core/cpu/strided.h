@@ -1,9 +1,9 @@
-// Columns of row-major (D, few) matrices, as weights and states of convolutions are, as vectors over D.
+// Vectors of elements that do not lie side by side, for instance the columns of row-major (D, few) matrices.
 #pragma once
 #include <algorithm>
 
 #include "core/cpu/simd.h"
-#include "core/dispatch.h"
+
 
 namespace effvlm::EFFVLM_ISA {
 
