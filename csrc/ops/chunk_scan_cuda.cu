@@ -93,16 +93,18 @@ struct Task {
   }
 };
 
-// Places in a panel of the state: the thread's columns that exist, by channel.
+// The thread's places in a panel of the state that exist, with their offsets from the head's first place in a tensor.
 template <int kColumns, class F>
-__device__ __forceinline__ void each_of_state(const ChunkScanArgs& a, const Task& task, int panel, F&& f) {
+__device__ __forceinline__ void each_of_state(const ChunkScanArgs& a, const Task& task, int panel, i64 stride_k, i64 stride_v,
+                                              F&& f) {
+  const int channel = panel * kPanel + first_row(), column = static_cast<int>(task.v0) + first_column<kColumns>();
+  const int rows = static_cast<int>(a.K) - channel, columns = static_cast<int>(a.V) - column;
+  i64 at = channel * stride_k + column * stride_v;
 #pragma unroll
-  for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kRows; ++r, at += stride_k)
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      const i64 channel = panel * kPanel + first_row() + r, column = task.v0 + first_column<kColumns>() + j;
-      f(r, j, channel, column, channel < a.K && column < a.V);
-    }
+    for (int j = 0; j < kColumns; ++j)
+      if (r < rows && j < columns) f(r, j, at + j * stride_v);
 }
 
 // Decay and strength of each step, by the first warp; steps after the last decay by 1 and write nothing.
@@ -208,9 +210,20 @@ __device__ __forceinline__ void store_out(const ChunkScanArgs& a, const Task& ta
   }
 }
 
+template <class Shared, int kColumns>
+__device__ __forceinline__ void put_state(const float (&state)[kRows][kColumns], Shared& sh) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    Floats<kColumns> row;
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) row.x[j] = state[r][j];
+    row.store(&sh.state[first_row() + r][first_column<kColumns>()]);
+  }
+}
+
 // Block ↔ (sequence, head, kV columns), at most kPanels panels of channels.
 template <int kPanels, int kV, bool kChannel, bool kDelta>
-__global__ void __launch_bounds__(kThreads) chunk_scan_kernel(ChunkScanArgs a, bool packs) {
+__global__ void __launch_bounds__(kThreads, 2) chunk_scan_kernel(ChunkScanArgs a, bool packs) {
   __shared__ ScanShared<kV, kChannel, kDelta> sh;
   constexpr int kColumns = kV / 16;
   const Task task(a, kV);
@@ -223,14 +236,14 @@ __global__ void __launch_bounds__(kThreads) chunk_scan_kernel(ChunkScanArgs a, b
                     Dtype::f32,
                     false};
   const int K = static_cast<int>(a.K), panels = (K + kPanel - 1) / kPanel;
-  float state[kPanels][kRows][kColumns];
+  float state[kPanels][kRows][kColumns] = {};
+  if (a.initial_state) {
+    const float* from = a.initial_state + task.s * a.initial_stride[0] + task.h * a.initial_stride[1];
 #pragma unroll
-  for (int p = 0; p < kPanels; ++p)
-    each_of_state<kColumns>(a, task, p, [&](int r, int j, i64 channel, i64 column, bool exists) {
-      const i64* s = a.initial_stride;
-      const i64 at = task.s * s[0] + task.h * s[1] + channel * s[2] + column * s[3];
-      state[p][r][j] = a.initial_state && exists ? a.initial_state[at] : 0.0f;
-    });
+    for (int p = 0; p < kPanels; ++p)
+      each_of_state<kColumns>(a, task, p, a.initial_stride[2], a.initial_stride[3],
+                              [&](int r, int j, i64 at) { state[p][r][j] = from[at]; });
+  }
   for (i64 first = task.begin; first < task.end; first += kSteps) {
     const int count = static_cast<int>(task.end - first < kSteps ? task.end - first : kSteps);
     load_steps(a, task, first, count, sh);
@@ -243,9 +256,7 @@ __global__ void __launch_bounds__(kThreads) chunk_scan_kernel(ChunkScanArgs a, b
       if constexpr (kChannel) load_decays(decay, first, count, panel, sh);
 #pragma unroll
       for (int p = 0; p < kPanels; ++p)
-        if (p == panel)
-          for (int r = 0; r < kRows; ++r)
-            for (int j = 0; j < kColumns; ++j) sh.state[first_row() + r][first_column<kColumns>() + j] = state[p][r][j];
+        if (p == panel) put_state(state[p], sh);
       const int channels = min(kPanel, K - panel * kPanel);
       __syncthreads();  // the panel is there
       if constexpr (kChannel) {
@@ -274,25 +285,25 @@ __global__ void __launch_bounds__(kThreads) chunk_scan_kernel(ChunkScanArgs a, b
     multiply_writes(sh, sum.out);
     store_out(a, task, first, count, sh, sum.out);
     const int row = threadIdx.x / 4;
-#pragma unroll
-    for (int p = 0; p < kPanels; ++p) {
-      if (p >= panels) break;
-      load_row(k, first, count, p, kChannel ? sh.k_unit[row] : sh.k_unit[row] * sh.until[row], sh.k);
+#pragma unroll 1
+    for (int panel = 0; panel < panels; ++panel) {
+      load_row(k, first, count, panel, kChannel ? sh.k_unit[row] : sh.k_unit[row] * sh.until[row], sh.k);
       if constexpr (kChannel) {
-        load_decays(decay, first, count, p, sh);
+        load_decays(decay, first, count, panel, sh);
         __syncthreads();  // keys and decays are there
         scale_keys(sh);
       }
       __syncthreads();  // keys are decayed
-      update_state(sh, count, K - p * kPanel, state[p]);
+#pragma unroll
+      for (int p = 0; p < kPanels; ++p)
+        if (p == panel) update_state(sh, count, K - p * kPanel, state[p]);
       __syncthreads();  // everyone is through with them
     }
   }
+  float* to = a.final_state + (task.s * a.H + task.h) * a.K * a.V;
 #pragma unroll
   for (int p = 0; p < kPanels; ++p)
-    each_of_state<kColumns>(a, task, p, [&](int r, int j, i64 channel, i64 column, bool exists) {
-      if (exists) a.final_state[((task.s * a.H + task.h) * a.K + channel) * a.V + column] = state[p][r][j];
-    });
+    each_of_state<kColumns>(a, task, p, a.V, 1, [&](int r, int j, i64 at) { to[at] = state[p][r][j]; });
 }
 
 // Whether 16 / size neighbouring channels of every step are 16 aligned bytes.

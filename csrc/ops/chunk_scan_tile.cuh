@@ -70,6 +70,7 @@ __device__ __forceinline__ float dot(const Floats<4>& a, const Floats<4>& b, flo
 // Scalar decay: raw products of a panel. Per channel: q and k are already decayed from the start of their half, by scale_panel.
 template <class Shared, class Sum>
 __device__ __forceinline__ void multiply_scores(const Shared& sh, int channels, Sum& sum) {
+#pragma unroll 1
   for (int i = 0; i < channels; i += 4) {
     Floats<4> other[Sum::kOthers];
 #pragma unroll
@@ -94,6 +95,7 @@ template <class Shared, class Sum>
 __device__ __forceinline__ void multiply_state(const Shared& sh, int channels, Sum& sum) {
   constexpr int kColumns = Shared::kV / 16;
   const int row = first_row(), column = first_column<kColumns>();
+#pragma unroll 1
   for (int i = 0; i < channels; i += 4) {
     Floats<4> q[kRows], k[kRows];
 #pragma unroll
@@ -124,6 +126,7 @@ template <class Shared>
 __device__ __forceinline__ void add_near_scores(Shared& sh, int channels, bool first) {
   const int s = threadIdx.x / 4, base = s / kHalf * kHalf, own = s % kHalf;
   float score[kHalf] = {}, overlap[Shared::kDelta ? kHalf : 1] = {};
+#pragma unroll 1
   for (int i = threadIdx.x % 4; i < channels; i += 4) {
     float key = sh.k[s][i];
 #pragma unroll
@@ -227,19 +230,26 @@ template <class Shared>
 __device__ __forceinline__ void solve(Shared& sh) {
   const int j = threadIdx.x;
   if (j >= Shared::kV) return;
-  float write[kSteps];
+  const auto subtract = [&](const float* overlap, float earlier, int after, float (&write)[kHalf]) {
 #pragma unroll
-  for (int l = 0; l < kSteps; ++l) write[l] = sh.write[l][j];
-#pragma unroll
-  for (int s = 0; s < kSteps - 1; ++s) {
-#pragma unroll
-    for (int first = (s + 1) / 4 * 4; first < kSteps; first += 4) {
-      const auto overlap = Floats<4>::load(&sh.overlap[s][first]);
+    for (int r = after / 4 * 4; r < kHalf; r += 4) {
+      const auto part = Floats<4>::load(overlap + r);
 #pragma unroll
       for (int c = 0; c < 4; ++c)
-        if (first + c > s) write[first + c] -= overlap.x[c] * write[s];
+        if (r + c >= after) write[r + c] -= part.x[c] * earlier;
     }
-    sh.write[s + 1][j] = write[s + 1];
+  };
+#pragma unroll 1
+  for (int base = 0; base < kSteps; base += kHalf) {
+    float write[kHalf];
+#pragma unroll
+    for (int r = 0; r < kHalf; ++r) write[r] = sh.write[base + r][j];
+#pragma unroll 1
+    for (int s = 0; s < base; ++s) subtract(&sh.overlap[s][base], sh.write[s][j], 0, write);
+#pragma unroll
+    for (int s = 0; s < kHalf - 1; ++s) subtract(&sh.overlap[base + s][base], write[s], s + 1, write);
+#pragma unroll
+    for (int r = 0; r < kHalf; ++r) sh.write[base + r][j] = write[r];
   }
 }
 
@@ -247,6 +257,7 @@ __device__ __forceinline__ void solve(Shared& sh) {
 template <class Shared, int kColumns>
 __device__ __forceinline__ void multiply_writes(const Shared& sh, float (&out)[kRows][kColumns]) {
   const int row = first_row(), column = first_column<kColumns>();
+#pragma unroll 1
   for (int s = 0; s <= row; s += 4) {
     Floats<4> score[kRows];
 #pragma unroll
