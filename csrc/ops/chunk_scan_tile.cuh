@@ -253,10 +253,16 @@ __device__ __forceinline__ void solve(Shared& sh) {
   }
 }
 
-// out += what the chunk itself wrote, step by step: later steps must not touch earlier ones, not even as 0·NaN.
+// Decays what the state said, where q was not decayed before, and adds what the chunk itself wrote. Later steps must not touch
+// earlier ones, not even as 0·NaN.
 template <class Shared, int kColumns>
 __device__ __forceinline__ void multiply_writes(const Shared& sh, float (&out)[kRows][kColumns]) {
   const int row = first_row(), column = first_column<kColumns>();
+  if constexpr (!Shared::kChannel)
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) out[r][j] *= sh.since[row + r];
 #pragma unroll 1
   for (int s = 0; s <= row; s += 4) {
     Floats<4> score[kRows];
