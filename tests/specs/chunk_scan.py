@@ -32,6 +32,22 @@ CASES = (
         {"B": 1, "L": 90, "G": 1, "H": 2, "K": 16, "V": 16},
         {"beta": True, "l2norm": True, "decay": "extreme_channel"},
     ),
+    # Two slices of V, several panels of K with odd tails, bounds anywhere in a chunk: every form of the CUDA kernel.
+    Case("wide_delta", {"B": 1, "L": 40, "G": 1, "H": 2, "K": 35, "V": 69}, {"beta": True, "l2norm": True}),
+    Case(
+        "wide_gla",
+        {"B": 1, "L": 37, "G": 2, "H": 2, "K": 37, "V": 66},
+        {"gain": True, "l2norm": True, "decay": "channel", "initial": True},
+    ),
+    Case("deep_ssd", {"B": 1, "L": 35, "G": 1, "H": 1, "K": 131, "V": 35}, {"gain": True, "skip": True, "initial": True}),
+    Case("deep_delta", {"B": 1, "L": 36, "G": 1, "H": 1, "K": 133, "V": 34}, {"beta": True, "packed": (0, 3, 36)}),
+    Case("deep_gla", {"B": 1, "L": 34, "G": 1, "H": 1, "K": 130, "V": 33}, {"decay": "channel", "packed": (0, 33, 34)}),
+    Case("deep_kda", {"B": 1, "L": 33, "G": 1, "H": 1, "K": 129, "V": 9}, {"beta": True, "l2norm": True, "decay": "channel"}),
+    Case(
+        "packed_kda",
+        {"B": 1, "L": 75, "G": 1, "H": 2, "K": 18, "V": 20},
+        {"beta": True, "l2norm": True, "decay": "channel", "packed": (0, 5, 5, 40, 75), "initial": True},
+    ),
     Case("widest", {"B": 1, "L": 20, "G": 1, "H": 1, "K": 256, "V": 512}, {"gain": True}),
     Case("mamba2_130m", {"B": 1, "L": 1024, "G": 1, "H": 24, "K": 128, "V": 64}, {"gain": True, "skip": True}, bench=True),
     Case("mamba2_8b", {"B": 1, "L": 1024, "G": 8, "H": 128, "K": 128, "V": 64}, {"gain": True, "skip": True}, bench=True),
