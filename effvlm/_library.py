@@ -168,7 +168,7 @@ def register(
     check: Callable[..., None],
     allocate: Callable[..., Tensors],
     reference: Callable[..., Tensors],
-    differentiable: bool = False,
+    differentiable: Callable[..., Tensors] | None = None,
     needs_workspace: bool = True,
 ) -> Callable[..., Tensors]:
     """Define ``torch.ops.effvlm.<name>`` and return the function that calls it.
@@ -181,7 +181,8 @@ def register(
         allocate: makes the (empty) outputs; called for fake and real tensors.
         reference: the op in plain PyTorch, obviously right; also what gives the gradients. Of an op that writes in place it
             returns the new values (of the arguments that are not None) after the outputs.
-        differentiable: with grad mode on, the kernel still runs forward, and backward goes through ``reference``, recomputed.
+        differentiable: with grad mode on, the kernel still runs forward, and backward goes through this (``reference``, or the same
+            in a form that is faster to differentiate), computed again.
         needs_workspace: whether the compiled module has a ``<name>_workspace``; without, the kernel gets none.
 
     Returns:
@@ -206,7 +207,7 @@ def register(
     _LIBRARY.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"effvlm::{name}", fake, lib=_LIBRARY)
     if differentiable:
-        torch.library.register_autograd(f"effvlm::{name}", _backward(op), setup_context=_save, lib=_LIBRARY)
+        torch.library.register_autograd(f"effvlm::{name}", _backward(differentiable), setup_context=_save, lib=_LIBRARY)
     overload = getattr(torch.ops.effvlm, name).default
 
     def call(*args: Any) -> Tensors:
@@ -228,8 +229,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.places = [i for i, is_tensor in enumerate(tensors) if is_tensor]
 
 
-def _backward(op: Op) -> Callable[..., Any]:
-    """Gradients of an op through its reference, computed again: nothing of the forward is kept but its arguments."""
+def _backward(form: Callable[..., Tensors]) -> Callable[..., Any]:
+    """Gradients of an op through PyTorch, computed again: nothing of the forward is kept but its arguments."""
 
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         args, wanted = list(ctx.rest), []
@@ -237,7 +238,7 @@ def _backward(op: Op) -> Callable[..., Any]:
             for i, x in zip(ctx.places, ctx.saved_tensors, strict=True):
                 args[i] = x.detach().requires_grad_(ctx.needs_input_grad[i])
                 wanted += [i] if ctx.needs_input_grad[i] else []
-            outputs = op.reference(*args)
+            outputs = form(*args)
         pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if y.requires_grad and g is not None]
         found: list[torch.Tensor | None] = [None] * len(args)
         if pairs:

@@ -11,6 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from effvlm._library import FLOATS, Tensors, register, require_tensor
+from effvlm.ops.chunk_matrices import chunk_matrices
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? gain, Tensor? beta, Tensor? skip, Tensor? initial_state, "
@@ -142,12 +143,8 @@ def reference(
     scale: float,
     l2norm: bool,
 ) -> Tensors:
-    wide = torch.promote_types(v.dtype, torch.float32)
-    H, V, K = v.shape[2], v.shape[3], q.shape[3]
-    qs, ks, vs = (x.to(wide) for x in (q, k, v))
-    if l2norm:
-        qs, ks = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (qs, ks))
-    qs, ks = (x.repeat_interleave(H // max(x.shape[2], 1), 2) for x in (qs, ks))
+    qs, ks, vs = _per_head(q, k, v, l2norm)
+    wide, H, V, K = vs.dtype, v.shape[2], v.shape[3], q.shape[3]
     d = log_decay.to(wide) if log_decay.dim() == 4 else log_decay.to(wide)[..., None]
     strength = beta if beta is not None else gain
     w = torch.ones_like(vs[..., 0]) if strength is None else strength.to(wide)
@@ -168,11 +165,44 @@ def reference(
     out = scale * torch.cat(outs).reshape(v.shape)
     if skip is not None:
         out = out + skip.to(wide)[:, None] * vs
-    final = torch.cat(states) if states else starts
-    return out.to(v.dtype), final.to(torch.promote_types(wide, torch.float32))
+    return out.to(v.dtype), torch.cat(states) if states else starts
 
 
-_op = register("chunk_scan", SCHEMA, check=check, allocate=allocate, reference=reference, differentiable=True)
+def _per_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, l2norm: bool) -> Tensors:
+    """Queries, keys and values in float32 or wider, all of as many heads."""
+    wide = torch.promote_types(v.dtype, torch.float32)
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    if l2norm:
+        q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    q, k = (x.repeat_interleave(v.shape[2] // max(x.shape[2], 1), 2) for x in (q, k))
+    return q, k, v
+
+
+def _differentiable(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    gain: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    skip: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    scale: float,
+    l2norm: bool,
+) -> Tensors:
+    """What backward goes through: chunks of matrices, or the reference for the kinds that have none."""
+    if log_decay.dim() == 4 or cu_seqlens is not None:
+        return reference(q, k, v, log_decay, gain, beta, skip, initial_state, cu_seqlens, scale, l2norm)
+    qs, ks, vs = _per_head(q, k, v, l2norm)
+    d, g, b, start = (None if x is None else x.to(vs.dtype) for x in (log_decay, gain, beta, initial_state))
+    assert d is not None
+    out, final = chunk_matrices(qs, ks, vs, d, g, b, start)
+    out = scale * out if skip is None else scale * out + skip.to(vs.dtype)[:, None] * vs
+    return out.to(v.dtype), final
+
+
+_op = register("chunk_scan", SCHEMA, check=check, allocate=allocate, reference=reference, differentiable=_differentiable)
 
 
 def chunk_scan(

@@ -202,7 +202,7 @@ def reference(
     return out.to(u.dtype), final
 
 
-_op = register("selective_scan", SCHEMA, check=check, allocate=allocate, reference=reference, differentiable=True)
+_op = register("selective_scan", SCHEMA, check=check, allocate=allocate, reference=reference, differentiable=reference)
 
 
 def selective_scan(
