@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from effvlm import demo, experts, ops, quant, tokens
+from effvlm import convert, demo, experts, nn, ops, quant, tokens
 from effvlm._library import set_cpu_isa
 from effvlm.compression import compress
 from effvlm.hf import disable, enable, reduce
@@ -54,6 +54,7 @@ __all__ = [
     "causal_conv1d",
     "chunk_scan",
     "compress",
+    "convert",
     "cross_scan",
     "delta_update",
     "demo",
@@ -64,6 +65,7 @@ __all__ = [
     "moe_ffn",
     "moe_route",
     "multi_scale_scan",
+    "nn",
     "ops",
     "quant",
     "reduce",

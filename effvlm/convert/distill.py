@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ class Distilled:
 def distill(
     student: Any,
     teacher: Any,
-    batches: Iterable[Mapping[str, torch.Tensor]],
+    batches: Sequence[Mapping[str, torch.Tensor]],
     *,
     layer_steps: int,
     lr: float = 1e-3,
@@ -67,12 +67,14 @@ def distill(
     required = {p: p.requires_grad for p in student.parameters()}
     try:
         for stage, part, trained in stages:
+            chosen = set(map(id, trained))
             for p in required:
-                p.requires_grad_(any(p is t for t in trained))
+                p.requires_grad_(id(p) in chosen)
             optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-            for step, batch in enumerate(part):
+            for i, step in enumerate(part):
+                batch = batches[step]
                 for group in optimizer.param_groups:
-                    group["lr"] = lr * (1 - step / len(part))
+                    group["lr"] = lr * (1 - i / len(part))
                 loss = _layer_loss(pairs, teacher, batch) if stage == "layers" else _logit_loss(student, teacher, batch)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
