@@ -14,8 +14,7 @@
 // Order      steps in the order of the path, states by ascending n in groups, paths by ascending k; the same result every run and
 //            for any number of threads; no atomics
 // Parallel   CPU: blocks of one vector of channels over threads, a channel per lane.  CUDA: block per 8 to 32 channels, which
-// share
-//            tiles of B and C; lanes of a channel hold some of its states each; L is sequential, also where blocks are few
+//            share tiles of B and C, some of a channel's states to a lane; L is sequential, also where blocks are few
 // Cost       B·K·D·L·N updates of 12 vector operations (CPU) or one exp2 and 4 fma (CUDA); bytes: u, delta, z, B, C, out, once
 //            each. Extra memory on the CPU, per thread: 17 to 180 KB; with paths 192·L bytes more (0.6 MB for 56×56 tokens).
 //            CUDA: 4·B·D·L bytes, with paths only
