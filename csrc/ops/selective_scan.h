@@ -14,12 +14,10 @@
 // Order      steps in the order of the path, states by ascending n in groups, paths by ascending k; the same result every run and
 //            for any number of threads; no atomics
 // Parallel   CPU: blocks of one vector of channels over threads, a channel per lane.  CUDA: block per 8 to 32 channels, which
-// share
-//            tiles of B and C; lanes of a channel hold some of its states each; L is sequential, also where blocks are few
-// Cost       B·K·D·L·N updates of 11 vector operations (CPU) or one exp2 and 4 fma (CUDA); bytes: u, delta, z, B, C, out once
-// each.
-//            Extra memory on the CPU, per thread: 26 to 180 KB; with several paths, or one that is not in order, 192·L bytes
-//            more (0.6 MB for 56×56 tokens). CUDA: 4·B·D·L bytes, with paths only
+//            share tiles of B and C, some of a channel's states to a lane; L is sequential, also where blocks are few
+// Cost       B·K·D·L·N updates of 12 vector operations (CPU) or one exp2 and 4 fma (CUDA); bytes: u, delta, z, B, C, out, once
+//            each. Extra memory on the CPU, per thread: 17 to 180 KB; with paths 192·L bytes more (0.6 MB for 56×56 tokens).
+//            CUDA: 4·B·D·L bytes, with paths only
 // Why so     channels are lanes, so that a state never leaves its register within a tile, and B and C are broadcast from memory;
 //            paths are arithmetic on places, so that cross-scan, scans, merge and gate are one pass without permuted copies
 // Not for    complex A; B or C that do not depend on the token; decay per head (Mamba-2), which has a matrix form
