@@ -103,6 +103,7 @@ void scan_panels(const ChunkScanArgs& a, const Head& head, float* scratch) {
     T* out = static_cast<T*>(a.out) + ((head.b * a.L + t) * a.H + head.h) * a.V;
     for (i64 j = 0; j < a.V; j += kPanel) {
       const i64 columns = a.V - j < kPanel ? a.V - j : kPanel;
+      prefetch_chunk<T, kPerChannel>(a, head, t + kDeltaSteps, kDeltaSteps * j / a.V, kDeltaSteps * (j + columns) / a.V);
       load_rows<T>(a.v, a.v_stride, head.b, t, head.h, j, n, columns, tile.v, kPanel);
       chunk_of_panel<T, kPerChannel, kDelta>(tile, n, a.scale, tile.state + j * a.K);
       for (int l = 0; l < n; ++l) {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,6 +126,17 @@ def prepare_transformers(
     return lambda: mamba2_chunk_scan(v, gain, A, k, C, 256, D=skip, initial_states=start, return_final_states=True)[0]
 
 
+def _prepare_delta(module: str, function: str, channel: bool, *args: Any) -> Callable[[], torch.Tensor]:
+    q, k, v, log_decay, _, beta, skip, initial_state, cu_seqlens, scale, l2norm = args
+    if beta is None or skip is not None or cu_seqlens is not None or scale != q.shape[3] ** -0.5:
+        raise ValueError(f"{function}: delta rules with attention's scale only")
+    if (log_decay.dim() == 4) != channel or (channel and q.shape[2] != v.shape[2]):
+        raise ValueError(f"{function}: {'decays per channel, and no groups,' if channel else 'scalar decays'} only")
+    run = getattr(importlib.import_module(f"transformers.models.{module}"), function)
+    options = {"initial_state": initial_state, "output_final_state": True, "use_qk_l2norm_in_kernel": l2norm}
+    return lambda: run(q, k, v, log_decay, beta, **options)[0]
+
+
 def _set(index: int, value: Any) -> Any:
     return lambda args: args.__setitem__(index, value)
 
@@ -136,7 +149,11 @@ SPEC = Spec(
     flops=_flops,
     bytes=_bytes,
     opaque=(8,),
-    prepared={"transformers": prepare_transformers},
+    prepared={
+        "transformers": prepare_transformers,
+        "transformers, GDN": partial(_prepare_delta, "qwen3_5.modeling_qwen3_5", "torch_chunk_gated_delta_rule", False),
+        "transformers, KDA": partial(_prepare_delta, "kimi_linear.modeling_kimi_linear", "chunk_kimi_delta_attention", True),
+    },
     bad=(
         Bad("rank", lambda a: a.__setitem__(2, a[2][0]), ValueError, "(B, L, H, V)"),
         Bad("dtype", lambda a: a.__setitem__(0, a[0].double()), TypeError, "float64"),
