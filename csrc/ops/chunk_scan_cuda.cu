@@ -4,16 +4,20 @@
 //   2. scores get their decays; for the delta rule a unit lower triangular system gives what each step writes;
 //   3. out = what the state said + causal scores · writes;
 //   4. over the panels again: state = decay · state + keys · writes.
-// Every product is made of tiles of 4×4 (or 4×2) per thread from 16-byte loads of shared memory: 4 or more products per loaded
-// number. Blocks of the same head are neighbours, so that q and k, and the second reading of k, come from the caches.
+// Every product is made of tiles of 4×4 (or 4×2) per thread from 16-byte loads of shared memory, 4 or more products per loaded
+// number. Panels are fetched into registers one ahead of their use, across the whole scan, since a block waits for nobody else:
+// two blocks (256 threads) are what fits into the registers of a multiprocessor. Blocks of the same head are neighbours, so that
+// q and k, and the second reading of k, come from the caches. Shared memory is static, less than 48 KB on every architecture.
 //
 // Decays are products of exp(d), each of them a factor of the recurrence itself, never differences of sums of d: whatever d is,
 // nothing cancels, nothing overflows, and a step that forgets all is a factor of 0. Scores with decays per channel: inside halves
-// of 16 steps the factor is multiplied up step by step (2 instructions per pair and channel, no exp); between halves it splits at
-// the middle of the chunk into two factors of at most 1.
+// of 16 steps the factor is multiplied up step by step (2 or 3 instructions per pair and channel, no exp); between halves it
+// splits at the middle of the chunk into two factors of at most 1. Norms are factors of rows and columns of what is already
+// summed.
 //
-// Not done: when there are few heads, slices of V of 32 columns are what fills the device; two passes over chunks, the states
-// between them first, would fill it for any shape. Nothing here has run on a GPU.
+// Not done: tensor cores (scores of 16-bit q and k are exact products; products with the state need its f32 split into parts);
+// and, where heads are few, two passes over chunks, the states between them first: so far slices of V of 32 columns are all that
+// spreads a head over the device. Nothing here has run on a GPU.
 #include "core/check.h"
 #include "core/cuda/launch.cuh"
 #include "ops/chunk_scan_load.cuh"
@@ -223,8 +227,8 @@ std::int64_t chunk_scan_workspace_cuda(const ChunkScanArgs&) { return 0; }
 
 void chunk_scan_cuda(const ChunkScanArgs& a, int device, void* stream) {
   const DeviceGuard guard(device);
-  // Wide slices do less work twice (scores), but there must be enough of them for every multiprocessor.
-  const bool wide = a.V > 32 && a.S * a.H * ((a.V + 63) / 64) >= multiprocessors(device);
+  // Wide slices make fewer blocks compute the same scores, but there must be enough of them: a multiprocessor holds two.
+  const bool wide = a.V > 32 && a.S * a.H * ((a.V + 63) / 64) >= 2 * multiprocessors(device);
   if (a.K > 128) {
     run<8, 32>(a, stream);
   } else if (wide) {

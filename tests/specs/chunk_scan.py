@@ -34,12 +34,18 @@ CASES = (
         {"B": 1, "L": 90, "G": 1, "H": 2, "K": 16, "V": 16},
         {"beta": True, "l2norm": True, "decay": "extreme_channel"},
     ),
-    # Two slices of V, several panels of K with odd tails, bounds anywhere in a chunk: every form of the CUDA kernel.
+    # Every form of the CUDA kernel: two slices of V, several panels of K with odd tails, bounds anywhere in a chunk.
+    Case("wide_ssd", {"B": 2, "L": 33, "G": 1, "H": 2, "K": 20, "V": 34}, {"gain": True, "skip": True, "initial": True}),
     Case("wide_delta", {"B": 1, "L": 40, "G": 1, "H": 2, "K": 35, "V": 69}, {"beta": True, "l2norm": True}),
     Case(
         "wide_gla",
         {"B": 1, "L": 37, "G": 2, "H": 2, "K": 37, "V": 66},
         {"gain": True, "l2norm": True, "decay": "channel", "initial": True},
+    ),
+    Case(
+        "wide_kda",
+        {"B": 2, "L": 34, "G": 2, "H": 2, "K": 33, "V": 36},
+        {"beta": True, "l2norm": True, "decay": "channel", "initial": True},
     ),
     Case("deep_ssd", {"B": 1, "L": 35, "G": 1, "H": 1, "K": 131, "V": 35}, {"gain": True, "skip": True, "initial": True}),
     Case("deep_delta", {"B": 1, "L": 36, "G": 1, "H": 1, "K": 133, "V": 34}, {"beta": True, "packed": (0, 3, 36)}),
