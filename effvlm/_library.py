@@ -181,16 +181,15 @@ def register(
         allocate: makes the (empty) outputs; called for fake and real tensors.
         reference: the op in plain PyTorch, obviously right; also what gives the gradients. Of an op that writes in place it
             returns the new values (of the arguments that are not None) after the outputs.
-        differentiable: with grad mode on, the kernel still runs forward, and backward goes through this (``reference``, or the same
-            in a form that is faster to differentiate), computed again.
+        differentiable: with grad mode on, the kernel still runs forward, and backward goes through this, computed again:
+            ``reference``, or the same in a form that is faster to differentiate.
         needs_workspace: whether the compiled module has a ``<name>_workspace``; without, the kernel gets none.
 
     Returns:
         The op. With grad mode on and an input that requires grad, an op that is not ``differentiable`` runs ``reference`` (and
         says so once), because the compiled kernels are forward only.
     """
-    mutates = tuple(i for i, argument in enumerate(schema.split("->")[0].split(",")) if "!" in argument)
-    op = OPS[name] = Op(name, check, allocate, reference, mutates, needs_workspace)
+    op = OPS[name] = Op(name, check, allocate, reference, _mutated(schema), needs_workspace)
 
     def one_or_all(outputs: Tensors) -> Any:  # what torch.library wants of "-> Tensor" and of "-> (Tensor, Tensor)"
         return outputs if len(outputs) > 1 else outputs[0]
@@ -220,6 +219,11 @@ def register(
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     return call
+
+
+def _mutated(schema: str) -> tuple[int, ...]:
+    """Positions of the arguments that a schema marks as written to."""
+    return tuple(i for i, argument in enumerate(schema.split("->")[0].split(",")) if "!" in argument)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -76,8 +76,8 @@ def _kept(mask: torch.Tensor | None, L: int) -> torch.Tensor | None:
 
 def _rotary_of(attention: Any) -> Callable[..., Any] | None:
     """The function that the layer's forward applies rotary embeddings with; the name is the same in all of transformers."""
-    forward = inspect.unwrap(type(attention).forward)
-    return forward.__globals__.get("apply_rotary_pos_emb")
+    found: Callable[..., Any] | None = inspect.unwrap(type(attention).forward).__globals__.get("apply_rotary_pos_emb")
+    return found
 
 
 def _is_attention(module: nn.Module) -> bool:

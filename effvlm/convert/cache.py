@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 
-class StateLayer(DynamicLayer):
+class StateLayer(DynamicLayer):  # type: ignore[misc]
     """A layer of a ``DynamicCache`` that holds ``state`` (B, heads, K, V) instead of keys and values, which it never gets."""
 
     is_croppable = False
@@ -73,5 +73,5 @@ def state_layer(cache: Any, index: int) -> StateLayer:
             "effvlm: expected a fresh DynamicCache for a model with layers converted by attention_to_ssm, got "
             f"{type(layer).__name__} with {layer.get_seq_length()} tokens at layer {index}"
         )
-    cache.layers[index] = StateLayer()
-    return cache.layers[index]
+    made = cache.layers[index] = StateLayer()
+    return made

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import kl_div, log_softmax
@@ -25,10 +25,18 @@ class Distilled:
     stage: list[str] = field(default_factory=list)
 
 
+class Batches(Protocol):
+    """Keyword arguments for a model, by number; a list of dictionaries will do."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, step: int, /) -> Mapping[str, torch.Tensor]: ...
+
+
 def distill(
     student: Any,
     teacher: Any,
-    batches: Sequence[Mapping[str, torch.Tensor]],
+    batches: Batches,
     *,
     layer_steps: int,
     lr: float = 1e-3,
@@ -77,7 +85,7 @@ def distill(
                     group["lr"] = lr * (1 - i / len(part))
                 loss = _layer_loss(pairs, teacher, batch) if stage == "layers" else _logit_loss(student, teacher, batch)
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
                 optimizer.step()
                 done.losses.append(loss.item())

@@ -200,8 +200,10 @@ def recurrent_delta_rule(
         and not torch.is_grad_enabled()
     )
     if not in_place or initial_state is None:
-        rest = {"cu_seqlens": kwargs.get("cu_seqlens"), "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel}
-        return chunk_delta_rule(query, key, value, g, beta, 64, initial_state, output_final_state, **rest)
+        bounds = kwargs.get("cu_seqlens")
+        return chunk_delta_rule(
+            query, key, value, g, beta, 64, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens=bounds
+        )
     one = value.dtype
     step = (x[:, 0] for x in (query.to(one), key.to(one), value, g.float(), beta.float()))
     out = delta_update(initial_state, *step, l2norm=use_qk_l2norm_in_kernel)

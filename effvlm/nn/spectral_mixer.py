@@ -49,5 +49,5 @@ class SpectralMixer(nn.Module):
         if (height, width) == self.size:
             return weight
         flat = weight.permute(3, 2, 0, 1)  # (2, C, height, width / 2 + 1)
-        flat = interpolate(flat, (height, width // 2 + 1), mode="bilinear", align_corners=True)
-        return flat.permute(2, 3, 1, 0).contiguous()
+        resized: torch.Tensor = interpolate(flat, (height, width // 2 + 1), mode="bilinear", align_corners=True)
+        return resized.permute(2, 3, 1, 0).contiguous()

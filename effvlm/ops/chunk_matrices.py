@@ -58,4 +58,5 @@ def chunk_matrices(
 
 def _by_chunk(x: torch.Tensor, more: int) -> torch.Tensor:
     """(B, L, H) → (B, H, chunks, Q); what is added decays by nothing and writes nothing."""
-    return pad(x, (0, 0, 0, more)).unflatten(1, (-1, _CHUNK)).permute(0, 3, 1, 2)
+    chunks: torch.Tensor = pad(x, (0, 0, 0, more)).unflatten(1, (-1, _CHUNK))
+    return chunks.permute(0, 3, 1, 2)
