@@ -46,7 +46,7 @@ struct Block {
       beta = lanes[0];
     }
     if (decay == Decay::per_n) decays();
-    if (decay == Decay::per_p) steps(p, 0, args.dt_stride_p, args.dt_bias_stride_p, count, t);
+    if (decay == Decay::per_p && args.N) steps(p, 0, args.dt_stride_p, args.dt_bias_stride_p, count, t);
   }
 
   void normalize(float* v) const {
