@@ -60,8 +60,8 @@ struct Block {
   void steps(i64 row, i64 n, i64 dt_stride, i64 bias_stride, i64 length, float* t) const {
     const bool one = dt_stride == 0 && (!args.dt_bias || bias_stride == 0);
     const i64 distinct = one ? std::min<i64>(1, length) : length;
-    floats(args.dt, args.dt_dtype,
-           s * args.dt_stride_s + h * args.dt_stride_h + row * args.dt_stride_p + n * args.dt_stride_n, dt_stride, distinct, t);
+    floats(args.dt, args.dt_dtype, s * args.dt_stride_s + h * args.dt_stride_h + row * args.dt_stride_p + n * args.dt_stride_n,
+           dt_stride, distinct, t);
     float bias[kStateMaxN + f32v::width];
     if (args.dt_bias)
       floats(args.dt_bias, args.dt_bias_dtype,
@@ -111,8 +111,7 @@ struct Block {
     by_float_dtype("state_update", args.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
       T* to = static_cast<T*>(args.out) + (s * args.H + h) * args.P + p;
-      for_lanes(
-          count, [&](i64 i) { store(to + i, load(out + i)); }, [&](i64 i, int n) { store(to + i, load(out + i), n); });
+      for_lanes(count, [&](i64 i) { store(to + i, load(out + i)); }, [&](i64 i, int n) { store(to + i, load(out + i), n); });
     });
   }
 };
