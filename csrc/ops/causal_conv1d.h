@@ -12,10 +12,9 @@
 // Order      bias, then w = 0 … W−1, one fused multiply-add each; same result for any layout, split of L and thread count
 // Parallel   CPU: (sequence, channels) over threads, each from its first input to its state.  CUDA: thread per output, tiles of L
 //            in shared memory (L-contiguous) or channels side by side (D-contiguous); then thread per row of state
-// Cost       reads B·D·L·e, writes B·D·L·e bytes and each state once, 2·B·D·L·W flops (and one exp and one division):
-// memory-bound Why so     inputs are converted once into a tile with their history in front, so the first outputs are like all
-// others; the
-//            state of a channel is written by whoever read it, after its last output
+// Cost       reads B·D·L·e, writes B·D·L·e bytes and each state once, 2·B·D·L·W flops and B·D·L exps: memory-bound
+// Why so     inputs are converted once into a tile with their history in front, so the first outputs are like all others;
+//            the state of a channel is written by whoever read it, after its last output
 // Not for    dilation, two-sided padding, channels mixed with one another
 #pragma once
 #include <cstdint>

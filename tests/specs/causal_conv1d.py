@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tolerance import assert_close
 
 from specs import Args, Bad, Case, Spec, Tensors
-from tolerance import assert_close
 
 CASES = (
     Case("plain", {"B": 2, "D": 24, "L": 40, "W": 4, "M": 3}, {"state": True, "bias": True}),
