@@ -6,14 +6,15 @@
 //            → out (B,D,L). 2 ≤ W ≤ 16. S = B; with cu_seqlens B = 1 and sequence s is x[0,:,cu_seqlens[s] … cu_seqlens[s+1]−1]
 // Layout     any strides; out is dense, D-contiguous where x is, else L-contiguous; vectors along whichever is contiguous
 // Types      x, out f32 f16 bf16; weight, bias, state each of x's type or f32; f32 arithmetic, one rounding at the store
-// Edges      a sequence of no inputs leaves its state alone; D, B or L = 0 → no work; NaN reaches the W outputs that it is an input
+// Edges      a sequence of no inputs leaves its state alone; D, B or L = 0 → no work; NaN reaches the W outputs that it is an
+// input
 //            of; cu_seqlens that do not ascend from 0 to L: the CPU raises, CUDA stays inside x (EFFVLM_DEBUG=1 raises)
 // Order      bias, then w = 0 … W−1, one fused multiply-add each; same result for any layout, split of L and thread count
 // Parallel   CPU: (sequence, channels) over threads, each from its first input to its state.  CUDA: thread per output, tiles of L
 //            in shared memory (L-contiguous) or channels side by side (D-contiguous); then thread per row of state
-// Cost       reads B·D·L·e, writes B·D·L·e bytes and each state once, 2·B·D·L·W flops (and one exp and one division): memory-bound
-// Why so     inputs are converted once into a tile with their history in front, so the first outputs are like all others; the
-//            state of a channel is written by whoever read it, after its last output
+// Cost       reads B·D·L·e, writes B·D·L·e bytes and each state once, 2·B·D·L·W flops and B·D·L exps: memory-bound
+// Why so     inputs are converted once into a tile with their history in front, so the first outputs are like all others;
+//            the state of a channel is written by whoever read it, after its last output
 // Not for    dilation, two-sided padding, channels mixed with one another
 #pragma once
 #include <cstdint>

@@ -5,9 +5,9 @@
 #include "core/check.h"
 #include "core/cpu/exp_short.h"
 #include "core/cpu/parallel.h"
+#include "core/cpu/strided.h"
 #include "core/dispatch.h"
 #include "ops/causal_conv1d.h"
-#include "core/cpu/strided.h"
 
 namespace effvlm::EFFVLM_ISA {
 namespace {
@@ -70,8 +70,8 @@ void history_of(const CausalConv1dArgs& a, i64 s, i64 d, i64 rows, float* histor
                     [&](auto p) { columns(p + first, a.state_stride_d, a.state_stride_m, rows, a.W - 1, history, stride); });
 }
 
-// The last M columns of [state, x], for `rows` channels from d on. Columns that stay move towards the front; in rows one after the
-// other that is one move of the whole block, and what it brings from the next row is overwritten by the new columns.
+// The last M columns of [state, x], for `rows` channels from d on. Columns that stay move towards the front; in rows one after
+// the other that is one move of the whole block, and what it brings from the next row is overwritten by the new columns.
 template <class T, class State>
 void write_state(const CausalConv1dArgs& a, i64 s, i64 d, i64 rows) {
   const auto [b, begin, end] = sequence(a, s);

@@ -91,8 +91,7 @@ __global__ void __launch_bounds__(kThreads) causal_conv1d_channels_kernel(Causal
     const T* x = static_cast<const T*>(a.x) + b * a.x_stride_b + d * a.x_stride_d;
     T* out = static_cast<T*>(a.out) + b * a.out_stride_b + d * a.out_stride_d;
     for (i64 t = first; t < last; ++t)
-      out[t * a.out_stride_l] =
-          output<T>(a, sequence_at(a, b, t), d, t, [&](i64 p) { return to_float(x[p * a.x_stride_l]); });
+      out[t * a.out_stride_l] = output<T>(a, sequence_at(a, b, t), d, t, [&](i64 p) { return to_float(x[p * a.x_stride_l]); });
   }
 }
 
@@ -108,8 +107,8 @@ __global__ void __launch_bounds__(kThreads) causal_conv1d_state_kernel(CausalCon
     const T* x = static_cast<const T*>(a.x) + b * a.x_stride_b + d * a.x_stride_d;
     for (i64 j = 0; j < a.M && length > 0; ++j) {
       const i64 from = j + length;
-      state[j * a.state_stride_m] = from < a.M ? state[from * a.state_stride_m]
-                                               : from_float<State>(to_float(x[(in.begin + from - a.M) * a.x_stride_l]));
+      state[j * a.state_stride_m] =
+          from < a.M ? state[from * a.state_stride_m] : from_float<State>(to_float(x[(in.begin + from - a.M) * a.x_stride_l]));
     }
   }
 }

@@ -11,10 +11,10 @@
 //            state rounded once when stored, out from what was not rounded; e^y of |y| > 87 may be e^±87
 // Edges      S, H or P = 0 → no work; N = 0: out = D·x·silu(z); NaN in a row of the state stays in its row and its out
 // Order      sums over n in vector lanes, then lanes pairwise; same result every run and for any thread count
-// Parallel   CPU: (sequence, head, 64 … 256 rows p) over threads, if the state is worth it.  CUDA: block per eight rows, warp per row
-// Cost       reads and writes the state once (twice from the cache for the delta rule), 5 (delta 7) flops per element: memory-bound
-// Why so     Mamba-1 (H = 1, decay per (p,n)), Mamba-2 (decay per head), gated delta rule and KDA (decay per n) differ in strides
-//            only, and strides choose the loop
+// Parallel   CPU: (sequence, head, 64 … 256 rows p) over threads, if the state is worth it.  CUDA: warp per row, block per eight
+// Cost       reads and writes the state once (delta: twice from the cache), 5 (delta 7) flops per element: memory-bound
+// Why so     Mamba-1 (H = 1, decay per (p,n)), Mamba-2 (decay per head), gated delta rule and KDA (decay per n) differ in
+//            strides only, and strides choose the loop
 // Not for    many steps at once: a scan reads the state once for all of them
 #pragma once
 #include <cstdint>

@@ -46,7 +46,7 @@ struct Block {
       beta = lanes[0];
     }
     if (decay == Decay::per_n) decays();
-    if (decay == Decay::per_p) steps(p, 0, args.dt_stride_p, args.dt_bias_stride_p, count, t);
+    if (decay == Decay::per_p && args.N) steps(p, 0, args.dt_stride_p, args.dt_bias_stride_p, count, t);
   }
 
   void normalize(float* v) const {
@@ -60,8 +60,8 @@ struct Block {
   void steps(i64 row, i64 n, i64 dt_stride, i64 bias_stride, i64 length, float* t) const {
     const bool one = dt_stride == 0 && (!args.dt_bias || bias_stride == 0);
     const i64 distinct = one ? std::min<i64>(1, length) : length;
-    floats(args.dt, args.dt_dtype,
-           s * args.dt_stride_s + h * args.dt_stride_h + row * args.dt_stride_p + n * args.dt_stride_n, dt_stride, distinct, t);
+    floats(args.dt, args.dt_dtype, s * args.dt_stride_s + h * args.dt_stride_h + row * args.dt_stride_p + n * args.dt_stride_n,
+           dt_stride, distinct, t);
     float bias[kStateMaxN + f32v::width];
     if (args.dt_bias)
       floats(args.dt_bias, args.dt_bias_dtype,
@@ -111,8 +111,7 @@ struct Block {
     by_float_dtype("state_update", args.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
       T* to = static_cast<T*>(args.out) + (s * args.H + h) * args.P + p;
-      for_lanes(
-          count, [&](i64 i) { store(to + i, load(out + i)); }, [&](i64 i, int n) { store(to + i, load(out + i), n); });
+      for_lanes(count, [&](i64 i) { store(to + i, load(out + i)); }, [&](i64 i, int n) { store(to + i, load(out + i), n); });
     });
   }
 };
@@ -120,13 +119,13 @@ struct Block {
 // ---- rows: vectors along n ----
 
 template <class State>
-f32v load_state(const State* p, i64 stride, int n) {
+[[gnu::always_inline]] inline f32v load_state(const State* p, i64 stride, int n) {
   if (stride == 1) return n == f32v::width ? load(p) : load(p, n);
   return load_strided(p, stride, n);
 }
 
 template <class State>
-void store_state(State* p, i64 stride, f32v x, int n) {
+[[gnu::always_inline]] inline void store_state(State* p, i64 stride, f32v x, int n) {
   if (stride == 1) return n == f32v::width ? store_short(p, x) : store_short(p, x, n);
   State lanes[f32v::width];
   store_short(lanes, x);
@@ -134,10 +133,10 @@ void store_state(State* p, i64 stride, f32v x, int n) {
 }
 
 // One row: its new state, and out's lanes of Σ state·C.
-template <class State, bool kDelta, class Decays>
-f32v update_row(const Block& b, i64 row, Decays&& decays) {
+template <class State, bool kDelta, i64 kStride, class Decays>
+[[gnu::always_inline]] inline f32v update_row(const Block& b, i64 row, Decays&& decays) {
   State* state = b.state<State>(row);
-  const i64 stride = b.args.state_stride_n;
+  const i64 stride = kStride ? kStride : b.args.state_stride_n;
   const f32v x = set1(b.x[row]);
   const auto each = [&](auto&& f) {
     for_lanes(b.args.N, [&](i64 n) { f(n, f32v::width); }, [&](i64 n, int tail) { f(n, tail); });
@@ -146,12 +145,12 @@ f32v update_row(const Block& b, i64 row, Decays&& decays) {
   if constexpr (kDelta) {
     f32v recalled = set1(0);
     each([&](i64 n, int lanes) {
-      recalled = fma(decays(n).a * load_state(state + n * stride, stride, lanes), load(b.B + n), recalled);
+      recalled = fma(decays(n, lanes).a * load_state(state + n * stride, stride, lanes), load(b.B + n), recalled);
     });
     change = set1(b.beta) * (x - set1(reduce_add(recalled)));
   }
   each([&](i64 n, int lanes) {
-    const auto d = decays(n);
+    const auto d = decays(n, lanes);
     const f32v before = load_state(state + n * stride, stride, lanes);
     const f32v after = fma(d.a, before, change * (kDelta ? load(b.B + n) : d.tB));
     store_state(state + n * stride, stride, after, lanes);
@@ -165,39 +164,47 @@ struct Lanes {
 };
 
 // A row of Decay::per_p: one t, and A as it is.
-template <class State, bool kDelta, class T>
-f32v update_row_per_p(const Block& b, i64 row, const T* A) {
+template <class State, bool kDelta, i64 kStride, class T>
+[[gnu::always_inline]] inline f32v update_row_per_p(const Block& b, i64 row, const T* A) {
   const f32v t = set1(b.t[row]);
   const T* p = A + b.args.A_stride_h * b.h + b.args.A_stride_p * (b.p + row);
-  return update_row<State, kDelta>(b, row, [&](i64 n) {
-    const int lanes = static_cast<int>(std::min<i64>(f32v::width, b.args.N - n));
-    return Lanes{exp_short(t * load_state(p + n * b.args.A_stride_n, b.args.A_stride_n, lanes)), t * load(b.B + n)};
+  const i64 stride = kStride ? kStride : b.args.A_stride_n;
+  return update_row<State, kDelta, kStride>(b, row, [&](i64 n, int lanes) {
+    return Lanes{exp_short(t * load_state(p + n * stride, stride, lanes)), t * load(b.B + n)};
   });
 }
 
-template <class State, bool kDelta, Decay kDecay>
-f32v decayed_row(const Block& b, i64 row) {
-  if constexpr (kDecay == Decay::per_n) {
-    return update_row<State, kDelta>(b, row, [&](i64 n) { return Lanes{load(b.a + n), load(b.tB + n)}; });
-  } else if constexpr (kDecay == Decay::per_p) {
-    f32v sum;
-    by_float_dtype("state_update", b.args.A_dtype, [&](auto type) {
-      sum = update_row_per_p<State, kDelta>(b, row, static_cast<const typename decltype(type)::type*>(b.args.A));
-    });
-    return sum;
-  } else {
-    float a[kStateMaxN + f32v::width], tB[kStateMaxN + f32v::width];
-    b.decays_of(b.p + row, a, tB);
-    return update_row<State, kDelta>(b, row, [&](i64 n) { return Lanes{load(a + n), load(tB + n)}; });
+template <class State, bool kDelta, i64 kStride>
+f32v full_row(const Block& b, i64 row) {
+  float a[kStateMaxN + f32v::width], tB[kStateMaxN + f32v::width];
+  b.decays_of(b.p + row, a, tB);
+  return update_row<State, kDelta, kStride>(b, row, [&](i64 n, int) { return Lanes{load(a + n), load(tB + n)}; });
+}
+
+// Four rows at a time; each(row): out's lanes.
+template <class Each>
+[[gnu::always_inline]] inline void four_by_four(Block& b, Each&& each) {
+  for (i64 row = 0; row < b.count; row += 4) {
+    f32v sums[4] = {set1(0), set1(0), set1(0), set1(0)};
+    for (i64 i = 0; i < std::min<i64>(4, b.count - row); ++i) sums[i] = each(row + i);
+    reduce_add4(sums, b.out + row);
   }
 }
 
-template <class State, bool kDelta, Decay kDecay>
+// kStride: of the state (and, for Decay::per_p, of A) along n; 0: any.
+template <class State, bool kDelta, Decay kDecay, i64 kStride>
 void rows(Block& b) {
-  for (i64 row = 0; row < b.count; row += 4) {
-    f32v sums[4] = {set1(0), set1(0), set1(0), set1(0)};
-    for (i64 i = 0; i < std::min<i64>(4, b.count - row); ++i) sums[i] = decayed_row<State, kDelta, kDecay>(b, row + i);
-    reduce_add4(sums, b.out + row);
+  if constexpr (kDecay == Decay::per_n) {
+    four_by_four(b, [&](i64 row) {
+      return update_row<State, kDelta, kStride>(b, row, [&](i64 n, int) { return Lanes{load(b.a + n), load(b.tB + n)}; });
+    });
+  } else if constexpr (kDecay == Decay::per_p) {
+    by_float_dtype("state_update", b.args.A_dtype, [&](auto type) {
+      const auto* A = static_cast<const typename decltype(type)::type*>(b.args.A);
+      four_by_four(b, [&](i64 row) { return update_row_per_p<State, kDelta, kStride>(b, row, A); });
+    });
+  } else {
+    four_by_four(b, [&](i64 row) { return full_row<State, kDelta, kStride>(b, row); });
   }
 }
 

@@ -12,12 +12,19 @@ namespace {
 
 constexpr i64 kWorthAThread = 128 << 10;  // bytes of state below which waking another thread costs more than it saves
 
+template <class State, bool kDelta, i64 kStride>
+void update_rows(Block& b, Decay decay) {
+  if (decay == Decay::per_n) return rows<State, kDelta, Decay::per_n, kStride>(b);
+  if (decay == Decay::per_p) return rows<State, kDelta, Decay::per_p, kStride>(b);
+  rows<State, kDelta, Decay::full, kStride>(b);
+}
+
 template <class State, bool kDelta>
 void update(Block& b, Decay decay) {
-  const bool side_by_side = b.args.state_stride_p == 1 && b.args.state_stride_n != 1;
-  if (decay == Decay::per_n) return side_by_side ? along_p<State, kDelta>(b) : rows<State, kDelta, Decay::per_n>(b);
-  if (decay == Decay::per_p) return rows<State, kDelta, Decay::per_p>(b);
-  rows<State, kDelta, Decay::full>(b);
+  const StateUpdateArgs& a = b.args;
+  if (decay == Decay::per_n && a.state_stride_p == 1 && a.state_stride_n != 1) return along_p<State, kDelta>(b);
+  if (a.state_stride_n == 1 && (decay != Decay::per_p || a.A_stride_n == 1)) return update_rows<State, kDelta, 1>(b, decay);
+  update_rows<State, kDelta, 0>(b, decay);
 }
 
 // What a, t and the rest do not depend on.

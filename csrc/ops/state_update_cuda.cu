@@ -66,8 +66,7 @@ __global__ void __launch_bounds__(kThreads) state_update_kernel(StateUpdateArgs 
     const i64 g = h / (a.H / a.G);
     const T* b = static_cast<const T*>(a.B) + s * a.B_stride_s + g * a.B_stride_g;
     const T* c = static_cast<const T*>(a.C) + s * a.C_stride_s + g * a.C_stride_g;
-    for (i64 n = threadIdx.x; n < a.N; n += kThreads)
-      B[n] = to_float(b[n * a.B_stride_n]), C[n] = to_float(c[n * a.C_stride_n]);
+    for (i64 n = threadIdx.x; n < a.N; n += kThreads) B[n] = to_float(b[n * a.B_stride_n]), C[n] = to_float(c[n * a.C_stride_n]);
     __syncthreads();  // B and C are complete
     if (a.l2norm) {
       normalize(B, a.N);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -20,7 +22,7 @@ def check(
     silu: bool,
 ) -> None:
     types = (x.dtype, torch.float32)
-    B, D, L = _shape("x", x, "BDL", FLOATS, x.device)
+    B, D, _ = _shape("x", x, "BDL", FLOATS, x.device)
     rows, W = _shape("weight", weight, "DW", types, x.device)
     if rows != D or not 2 <= W <= MAX_WIDTH:
         raise ValueError(f"causal_conv1d: expected weight of shape (D, W) = ({D}, 2 … {MAX_WIDTH}), got {tuple(weight.shape)}")
@@ -51,9 +53,12 @@ def _sequences(x: torch.Tensor, cu_seqlens: torch.Tensor) -> int:
         raise ValueError(f"causal_conv1d: expected B = 1 with cu_seqlens, got B = {x.shape[0]}")
     if cu_seqlens.shape[0] < 1:
         raise ValueError("causal_conv1d: expected cu_seqlens of shape (S+1,), which is at least (1,), got (0,)")
-    if DEBUG and x.is_cuda:
-        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != x.shape[2] or bool((cu_seqlens.diff() < 0).any()):
-            raise ValueError(f"causal_conv1d: expected cu_seqlens to ascend from 0 to L = {x.shape[2]}, got one that does not")
+    if (
+        DEBUG
+        and x.is_cuda
+        and (int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != x.shape[2] or bool((cu_seqlens.diff() < 0).any()))
+    ):
+        raise ValueError(f"causal_conv1d: expected cu_seqlens to ascend from 0 to L = {x.shape[2]}, got one that does not")
     return cu_seqlens.shape[0] - 1
 
 
@@ -85,7 +90,7 @@ def reference(
     S = x.shape[0] if cu_seqlens is None else len(bounds) - 1
     before = x.new_zeros((S, D, M), dtype=sums) if state is None else state.to(sums)
     outs, after = [], []
-    for i, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
         history = before if cu_seqlens is None else before[i : i + 1]
         inputs = torch.cat([history, x[:, :, begin:end].to(sums)], -1)
         after.append(inputs[:, :, inputs.shape[2] - M :])

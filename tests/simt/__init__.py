@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from effvlm import _library
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
@@ -91,10 +93,13 @@ class Emulated:
         if name.endswith("_workspace"):
             return function
         inputs = len(getattr(torch.ops.effvlm, name).default._schema.arguments)
+        op = _library.OPS[name]
 
         def call(*args: Any) -> None:
             kinds = [f"input {i}" if i < inputs else f"output {i - inputs}" for i in range(len(args))]
-            kinds[-2] = "workspace"
+            kinds = [f"in place {i}" if i in op.mutates else kind for i, kind in enumerate(kinds)]
+            if op.needs_workspace:
+                kinds[-2] = "workspace"
             self._control.forget_all()
             for kind, view in zip(kinds[:-1], args[:-1], strict=True):
                 if isinstance(view, tuple):

@@ -198,7 +198,8 @@ void forget_accesses() {
 
 void allow(std::uintptr_t address, std::size_t bytes, const char* name, bool output) {
   if (!bytes) return;
-  regions[address] = Region{address + bytes, name, output, output ? std::vector<bool>(bytes, false) : std::vector<bool>{}};
+  const bool empty = output && std::string(name).rfind("in place", 0) != 0;
+  regions[address] = Region{address + bytes, name, output, empty ? std::vector<bool>(bytes, false) : std::vector<bool>{}};
 }
 std::string forget_all() {  // and the name of an output that was left unwritten, if there is one
   std::string unwritten;

@@ -1,4 +1,5 @@
-// e^x for loops that it bounds: on AVX-512, which scales by powers of two and rounds in one instruction each, two thirds of exp's.
+// e^x for loops that it bounds: on AVX-512, which scales by powers of two and rounds in one instruction each, two thirds of
+// exp's.
 #pragma once
 #include "core/cpu/math.h"
 

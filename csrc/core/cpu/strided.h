@@ -4,7 +4,6 @@
 
 #include "core/cpu/simd.h"
 
-
 namespace effvlm::EFFVLM_ISA {
 
 #if defined(__AVX512BW__)
