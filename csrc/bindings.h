@@ -25,18 +25,23 @@ using Raw = py::tuple;  // (address, shape, strides, dtype code, device)
 using Optional = std::optional<Raw>;
 using Place = std::tuple<int, std::uintptr_t, int>;  // (CUDA device or -1, stream, CPU threads)
 
+// Item i of a tuple as an integer, by CPython's own calls: a decode step passes ten tensors, and pybind11's casts of their sixty
+// numbers cost as much as its arithmetic.
+inline long long item(PyObject* tuple, Py_ssize_t i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i)); }
+
 inline View view(const Raw& raw) {
   View v;
-  const auto shape = raw[1].cast<py::tuple>(), stride = raw[2].cast<py::tuple>();
-  v.rank = static_cast<int>(shape.size());
+  EFFVLM_CHECK(raw.size() == 5, "expected a tensor as (address, shape, strides, dtype code, device), got %zu items", raw.size());
+  PyObject *shape = PyTuple_GET_ITEM(raw.ptr(), 1), *stride = PyTuple_GET_ITEM(raw.ptr(), 2);
+  EFFVLM_CHECK(PyTuple_Check(shape) && PyTuple_Check(stride) && PyTuple_GET_SIZE(shape) == PyTuple_GET_SIZE(stride),
+               "expected the shape and strides of a tensor as tuples of one size");
+  v.rank = static_cast<int>(PyTuple_GET_SIZE(shape));
   EFFVLM_CHECK(v.rank <= kMaxRank, "expected a tensor of at most %d dimensions, got %d", kMaxRank, v.rank);
-  v.data = reinterpret_cast<void*>(raw[0].cast<std::uintptr_t>());
-  for (int d = 0; d < v.rank; ++d) {
-    v.shape[d] = shape[d].cast<std::int64_t>();
-    v.stride[d] = stride[d].cast<std::int64_t>();
-  }
-  v.dtype = static_cast<Dtype>(raw[3].cast<int>());
-  v.device = raw[4].cast<int>();
+  v.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(raw.ptr(), 0));
+  for (int d = 0; d < v.rank; ++d) v.shape[d] = item(shape, d), v.stride[d] = item(stride, d);
+  v.dtype = static_cast<Dtype>(item(raw.ptr(), 3));
+  v.device = static_cast<int>(item(raw.ptr(), 4));
+  if (PyErr_Occurred()) throw py::error_already_set();
   return v;
 }
 

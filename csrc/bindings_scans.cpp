@@ -1,5 +1,8 @@
 // The bindings of the scans.
 #include <algorithm>
+#include <array>
+#include <cstring>
+#include <string>
 #include <vector>
 
 #include "bindings.h"
@@ -121,28 +124,51 @@ void conv1d(const Raw& x_raw, const Raw& weight_raw, const Optional& bias_raw, c
   run(a, place, causal_conv1d_cpu, EFFVLM_CUDA_FORM(causal_conv1d));
 }
 
-void update(const Raw& state_raw, const Raw& x_raw, const Raw& dt_raw, const Raw& A_raw, const Raw& B_raw, const Raw& C_raw,
+// The strides of a view along "shpn" (or whichever letters), of which it has those in `axes`, in order; 0 along the others.
+std::array<std::int64_t, 4> strides_of(const View& v, const std::string& axes, const char* letters) {
+  std::array<std::int64_t, 4> all{};
+  for (std::size_t d = 0; d < axes.size(); ++d) all[std::strchr(letters, axes[d]) - letters] = v.stride[d];
+  return all;
+}
+
+void update(const Raw& state_raw, const Raw& x_raw, const Raw& dt_raw, const Optional& A_raw, const Raw& B_raw, const Raw& C_raw,
             const Optional& D_raw, const Optional& z_raw, const Optional& dt_bias_raw, const Optional& beta_raw, bool dt_softplus,
             bool l2norm, double scale, const Raw& out_raw, const Place& place) {
+  static const float one = 1;
   const View state = view(state_raw), x = view(x_raw), dt = view(dt_raw), A = view(A_raw), B = view(B_raw), C = view(C_raw);
   const View D = view(D_raw), z = view(z_raw), dt_bias = view(dt_bias_raw), beta = view(beta_raw);
+  // Without heads the state is (S,P,N), and all that has h or g lacks it.
+  const bool heads = state.rank == 4;
+  const std::string rows = heads ? "hp" : "p", groups = heads ? "sgn" : "sn";
+  const std::string decay = dt.rank == state.rank      ? "s" + rows + "n"
+                            : beta_raw && dt.rank == 2 ? "sh"
+                            : beta_raw                 ? "shn"
+                                                       : "s" + rows;
+  const std::string bias = dt_bias.rank == state.rank - 1 ? rows + "n" : rows;
   StateUpdateArgs a{};
-  a.S = state.shape[0], a.H = state.shape[1], a.P = state.shape[2], a.N = state.shape[3], a.G = B.shape[1];
+  a.S = state.shape[0], a.H = heads ? state.shape[1] : 1, a.P = x.shape[x.rank - 1], a.N = state.shape[state.rank - 1];
+  a.G = heads ? B.shape[1] : 1;
   a.dt_softplus = dt_softplus, a.l2norm = l2norm, a.scale = static_cast<float>(scale);
-  a.state_dtype = state.dtype, a.dtype = x.dtype;
-  a.state = state.data, a.state_stride_s = state.stride[0], a.state_stride_h = state.stride[1];
-  a.state_stride_p = state.stride[2], a.state_stride_n = state.stride[3];
-  a.x = x.data, a.x_stride_s = x.stride[0], a.x_stride_h = x.stride[1], a.x_stride_p = x.stride[2];
-  a.dt_dtype = dt.dtype, a.dt = dt.data, a.dt_stride_s = dt.stride[0], a.dt_stride_h = dt.stride[1];
-  a.dt_stride_p = dt.stride[2], a.dt_stride_n = dt.stride[3];
-  a.A_dtype = A.dtype, a.A = A.data, a.A_stride_h = A.stride[0], a.A_stride_p = A.stride[1], a.A_stride_n = A.stride[2];
-  a.B = B.data, a.B_stride_s = B.stride[0], a.B_stride_g = B.stride[1], a.B_stride_n = B.stride[2];
-  a.C = C.data, a.C_stride_s = C.stride[0], a.C_stride_g = C.stride[1], a.C_stride_n = C.stride[2];
-  a.D_dtype = D.dtype, a.D = D.data, a.D_stride_h = D.stride[0], a.D_stride_p = D.stride[1];
-  a.z = z.data, a.z_stride_s = z.stride[0], a.z_stride_h = z.stride[1], a.z_stride_p = z.stride[2];
-  a.dt_bias_dtype = dt_bias.dtype, a.dt_bias = dt_bias.data, a.dt_bias_stride_h = dt_bias.stride[0];
-  a.dt_bias_stride_p = dt_bias.stride[1], a.dt_bias_stride_n = dt_bias.stride[2];
-  a.beta_dtype = beta.dtype, a.beta = beta.data, a.beta_stride_s = beta.stride[0], a.beta_stride_h = beta.stride[1];
+  a.state_dtype = state.dtype, a.dtype = x.dtype, a.state = state.data, a.x = x.data, a.B = B.data, a.C = C.data, a.z = z.data;
+  a.dt_dtype = dt.dtype, a.dt = dt.data, a.D_dtype = D.dtype, a.D = D.data, a.dt_bias_dtype = dt_bias.dtype;
+  a.dt_bias = dt_bias.data, a.beta_dtype = beta.dtype, a.beta = beta.data;
+  const bool cuda = kEmulated || std::get<0>(place) >= 0;
+  a.A_dtype = A.dtype, a.A = A_raw || cuda ? A.data : const_cast<float*>(&one);
+  const auto in = [](const View& v, const std::string& axes, const char* letters, auto&... to) {
+    const auto all = strides_of(v, axes, letters);
+    std::size_t i = 0;
+    ((to = all[i++]), ...);
+  };
+  in(state, "s" + rows + "n", "shpn", a.state_stride_s, a.state_stride_h, a.state_stride_p, a.state_stride_n);
+  in(dt, decay, "shpn", a.dt_stride_s, a.dt_stride_h, a.dt_stride_p, a.dt_stride_n);
+  in(x, "s" + rows, "shp", a.x_stride_s, a.x_stride_h, a.x_stride_p);
+  in(z, z_raw ? "s" + rows : "", "shp", a.z_stride_s, a.z_stride_h, a.z_stride_p);
+  in(A, A_raw ? rows + "n" : "", "hpn", a.A_stride_h, a.A_stride_p, a.A_stride_n);
+  in(dt_bias, dt_bias_raw ? bias : "", "hpn", a.dt_bias_stride_h, a.dt_bias_stride_p, a.dt_bias_stride_n);
+  in(B, groups, "sgn", a.B_stride_s, a.B_stride_g, a.B_stride_n);
+  in(C, groups, "sgn", a.C_stride_s, a.C_stride_g, a.C_stride_n);
+  in(D, D_raw ? rows : "", "hp", a.D_stride_h, a.D_stride_p);
+  in(beta, beta_raw ? "sh" : "", "sh", a.beta_stride_s, a.beta_stride_h);
   a.out = view(out_raw).data, a.threads = std::get<2>(place);
   run(a, place, state_update_cpu, EFFVLM_CUDA_FORM(state_update));
 }

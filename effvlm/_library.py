@@ -109,10 +109,7 @@ def say_once(key: str, text: str) -> None:
 
 
 def _view(x: torch.Tensor | None) -> tuple[int, tuple[int, ...], tuple[int, ...], int, int] | None:
-    if x is None:
-        return None
-    device = x.device.index if x.is_cuda else -1
-    return (x.data_ptr(), tuple(x.shape), x.stride(), _DTYPE_CODE[x.dtype], device)
+    return None if x is None else (x.data_ptr(), x.shape, x.stride(), _DTYPE_CODE[x.dtype], x.get_device())  # -1: the CPU
 
 
 def _place(device: torch.device) -> tuple[int, int, int]:
@@ -215,10 +212,28 @@ def register(
                 say_once(name, f"effvlm.{name}: an input requires grad; the PyTorch reference runs, for its backward")
             check(*args)
             return _refer(op, args)
+        if _is_eager(args):  # the dispatcher would come to the same, some microseconds later
+            return _run(op, *args)
         outputs = overload(*args)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     return call
+
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list}
+
+
+def _is_eager(args: Sequence[Any]) -> bool:
+    """Whether nobody but the kernel wants to see this call: no autograd, no tracing, no mode, no subclass of tensors."""
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
+        or args[0].is_meta
+    ):
+        return False
+    return all(map(_PLAIN.__contains__, map(type, args)))
 
 
 def _mutated(schema: str) -> tuple[int, ...]:

@@ -4,7 +4,8 @@
 //            Without beta: state ← a·state + t·x[p]·B[n]. With beta: state ← a·state, r[p] = Σ_n state[p,n]·B[n],
 //            state ← state + beta·(x[p] − r[p])·B[n]. Then out[p] = (scale·Σ_n state[p,n]·C[n] + D[p]·x[p])·silu(z[p])
 // Shapes     state (S,H,P,N) · x, z (S,H,P) · dt (S,H,P,N) · A, dt_bias (H,P,N) · B, C (S,G,N) · D (H,P) · beta (S,H)
-//            → out (S,H,P). H % G = 0, N ≤ 1024; D, z, dt_bias, beta may be absent: no term, no gate
+//            → out (S,H,P). H % G = 0, N ≤ 1024; D, z, dt_bias, beta may be absent: no term, no gate; A: 1. Callers may leave h
+//            out everywhere, n out of dt and dt_bias, and, with beta, p out of dt: the binding makes strides of 0 of it
 // Layout     any strides, 0 in everything but state; out contiguous. Fast: state contiguous along N, or along P with a decay that
 //            does not depend on p; what is expanded (one decay per head, per (h,n), one t per p) is computed once
 // Types      x, z, B, C, out f32 f16 bf16; state any of these; dt, A, D, dt_bias, beta each f32 or x's type; f32 arithmetic;
@@ -39,7 +40,7 @@ struct StateUpdateArgs {
   const void* dt;  // (S,H,P,N)
   std::int64_t dt_stride_s, dt_stride_h, dt_stride_p, dt_stride_n;
   Dtype A_dtype;
-  const void* A;  // (H,P,N)
+  const void* A;  // (H,P,N); null on CUDA: ones
   std::int64_t A_stride_h, A_stride_p, A_stride_n;
   const void* B;  // (S,G,N)
   std::int64_t B_stride_s, B_stride_g, B_stride_n;

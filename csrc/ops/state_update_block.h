@@ -30,7 +30,7 @@ struct Block {
   i64 s, h, p, count;  // rows p … p+count−1
   alignas(64) float B[kStateMaxN + f32v::width], C[kStateMaxN + f32v::width];
   float a[kStateMaxN + f32v::width], tB[kStateMaxN + f32v::width];  // Decay::per_n
-  float x[kRows], t[kRows], out[kRows];                             // t: Decay::per_p
+  float x[kRows], t[kRows], out[kRows + 4];                         // t: Decay::per_p
   float beta;
 
   Block(const StateUpdateArgs& args, i64 s, i64 h, i64 p, i64 count, Decay decay) : args(args), s(s), h(h), p(p), count(count) {
@@ -191,6 +191,30 @@ template <class Each>
   }
 }
 
+// Decay::per_p with all of n in one vector, side by side (Mamba): what does not depend on the row stays in registers.
+template <class State, class T>
+void short_rows(Block& b, const T* A) {
+  const int N = static_cast<int>(b.args.N);
+  const f32v B = load(b.B, N), C = load(b.C, N);
+  const T* from = A + b.args.A_stride_h * b.h + b.args.A_stride_p * b.p;
+  const auto row = [&](i64 i) {
+    State* state = b.state<State>(i);
+    const f32v decay = exp2(set1(b.t[i] * 1.44269504f) * load(from + i * b.args.A_stride_p, N));
+    const f32v after = fma(decay, load(state, N), set1(b.t[i] * b.x[i]) * B);
+    store_short(state, after, N);
+    return after * C;
+  };
+  i64 i = 0;
+  for (; i + 4 <= b.count; i += 4) {
+    const f32v sums[4] = {row(i), row(i + 1), row(i + 2), row(i + 3)};
+    reduce_add4(sums, b.out + i);
+  }
+  for (; i < b.count; ++i) {
+    const f32v sums[4] = {row(i), set1(0), set1(0), set1(0)};
+    reduce_add4(sums, b.out + i);
+  }
+}
+
 // kStride: of the state (and, for Decay::per_p, of A) along n; 0: any.
 template <class State, bool kDelta, Decay kDecay, i64 kStride>
 void rows(Block& b) {
@@ -201,6 +225,7 @@ void rows(Block& b) {
   } else if constexpr (kDecay == Decay::per_p) {
     by_float_dtype("state_update", b.args.A_dtype, [&](auto type) {
       const auto* A = static_cast<const typename decltype(type)::type*>(b.args.A);
+      if (!kDelta && kStride == 1 && b.args.N <= f32v::width) return short_rows<State>(b, A);
       four_by_four(b, [&](i64 row) { return update_row_per_p<State, kDelta, kStride>(b, row, A); });
     });
   } else {

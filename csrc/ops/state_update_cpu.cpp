@@ -10,7 +10,7 @@
 namespace effvlm::EFFVLM_ISA {
 namespace {
 
-constexpr i64 kWorthAThread = 128 << 10;  // bytes of state below which waking another thread costs more than it saves
+constexpr i64 kWorthAThread = 64 << 10;  // bytes of state below which waking another thread costs more than it saves
 
 template <class State, bool kDelta, i64 kStride>
 void update_rows(Block& b, Decay decay) {

@@ -38,7 +38,7 @@ __device__ __forceinline__ float update_row(const StateUpdateArgs& a, i64 s, i64
                                             const float* C) {
   State* state = static_cast<State*>(a.state) + s * a.state_stride_s + h * a.state_stride_h + p * a.state_stride_p;
   const auto decayed = [&](i64 n, float t) {
-    const float A = value<T>(a.A, a.A_dtype, h * a.A_stride_h + p * a.A_stride_p + n * a.A_stride_n);
+    const float A = !a.A ? 1.0f : value<T>(a.A, a.A_dtype, h * a.A_stride_h + p * a.A_stride_p + n * a.A_stride_n);
     return expf(t * A) * to_float(state[n * a.state_stride_n]);
   };
   const int lane = threadIdx.x % kWarp;

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from effvlm._library import FLOATS, Tensors, register, require_tensor
 
 SCHEMA = (
-    "(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+    "(Tensor(a!) state, Tensor x, Tensor dt, Tensor? A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "Tensor? beta, bool dt_softplus, bool l2norm, float scale) -> Tensor"
 )
 MAX_N = 1024
@@ -18,7 +18,7 @@ def check(
     state: torch.Tensor,
     x: torch.Tensor,
     dt: torch.Tensor,
-    A: torch.Tensor,
+    A: torch.Tensor | None,
     B: torch.Tensor,
     C: torch.Tensor,
     D: torch.Tensor | None,
@@ -29,32 +29,43 @@ def check(
     l2norm: bool,
     scale: float,
 ) -> None:
-    device = x.device
-    S, H, P, N = _shape("state", state, "SHPN", FLOATS, device)
+    device, heads = x.device, state.dim() == 4
+    sizes = _shape("state", state, "SHPN" if heads else "SPN", FLOATS, device)
+    (S, H, P, N) = sizes if heads else (sizes[0], 1, *sizes[1:])
     if N > MAX_N:
         raise ValueError(f"state_update: expected N of at most {MAX_N}, got {N}")
     same = (x.dtype,) if x.dtype in FLOATS else FLOATS
     either = (x.dtype, torch.float32)
-    _expect("x", x, "SHP", (S, H, P), same, device)
-    _expect("dt", dt, "SHPN", (S, H, P, N), either, device)
-    _expect("A", A, "HPN", (H, P, N), either, device)
-    G = _shape("B", B, "SGN", same, device)[1]
-    if H and (not G or H % G):
+    rows, per_row = ("SHP", sizes[:3]) if heads else ("SP", sizes[:2])
+    _expect("x", x, rows, per_row, same, device)
+    _expect("dt", dt, *_decay_sizes(dt, rows, sizes, beta is not None), either, device)
+    groups, rest = ("SGN", (S, B.shape[1] if B.dim() == 3 else 1, N)) if heads else ("SN", (S, N))
+    _expect("B", B, groups, rest, same, device)
+    _expect("C", C, groups, rest, same, device)
+    if heads and H and (not rest[1] or H % rest[1]):
         raise ValueError(f"state_update: expected B of shape (S, G, N) with G a divisor of H = {H}, got {tuple(B.shape)}")
-    _expect("B", B, "SGN", (S, G, N), same, device)
-    _expect("C", C, "SGN", (S, G, N), same, device)
-    if D is not None:
-        _expect("D", D, "HP", (H, P), either, device)
+    for name, t in (("A", A), ("dt_bias", dt_bias), ("D", D)):
+        if t is not None:
+            full = name == "A" or (name == "dt_bias" and t.dim() == len(sizes) - 1)
+            _expect(name, t, rows[1:] + "N" if full else rows[1:], sizes[1:] if full else per_row[1:], either, device)
     if z is not None:
-        _expect("z", z, "SHP", (S, H, P), same, device)
-    if dt_bias is not None:
-        _expect("dt_bias", dt_bias, "HPN", (H, P, N), either, device)
+        _expect("z", z, rows, per_row, same, device)
     if beta is not None:
         _expect("beta", beta, "SH", (S, H), either, device)
 
 
+def _decay_sizes(dt: torch.Tensor, rows: str, sizes: tuple[int, ...], delta: bool) -> tuple[str, tuple[int, ...]]:
+    """Which letters dt has, by its rank, and their sizes: those of the state, of its rows, or, for the delta rule, of its heads."""
+    rank = dt.dim()
+    if rank == len(sizes):
+        return rows + "N", sizes
+    if delta and rank in (2, 3):
+        return ("SH", sizes[:2]) if rank == 2 else ("SHN", (*sizes[:2], sizes[3]))
+    return rows, sizes[:-1]
+
+
 def _shape(name: str, t: torch.Tensor, dims: str, types: tuple[torch.dtype, ...], device: torch.device) -> torch.Size:
-    """The shape of a tensor as expected; a step is short, and so are its checks."""
+    """The shape of a tensor as expected."""
     shape = t.shape
     if len(shape) != len(dims) or t.dtype not in types or t.device != device:
         require_tensor("state_update", name, t, dims=dims, dtypes=types)
@@ -70,6 +81,8 @@ def _expect(
     types: tuple[torch.dtype, ...],
     device: torch.device,
 ) -> None:
+    if t.shape == sizes and t.dtype in types and t.device == device:  # a step is short, and so are its checks
+        return
     if _shape(name, t, dims, types, device) != sizes:
         raise ValueError(f"state_update: expected {name} of shape ({', '.join(dims)}) = {sizes}, got {tuple(t.shape)}")
 
@@ -78,7 +91,7 @@ def allocate(
     state: torch.Tensor,
     x: torch.Tensor,
     dt: torch.Tensor,
-    A: torch.Tensor,
+    A: torch.Tensor | None,
     B: torch.Tensor,
     C: torch.Tensor,
     D: torch.Tensor | None,
@@ -96,7 +109,7 @@ def reference(
     state: torch.Tensor,
     x: torch.Tensor,
     dt: torch.Tensor,
-    A: torch.Tensor,
+    A: torch.Tensor | None,
     B: torch.Tensor,
     C: torch.Tensor,
     D: torch.Tensor | None,
@@ -107,8 +120,19 @@ def reference(
     l2norm: bool,
     scale: float,
 ) -> Tensors:
+    if state.dim() == 3:  # one head, whose rows are the channels
+        given = (state, x, dt, B, C)
+        state, x, dt, B, C = (t.unsqueeze(1) for t in given)
+        A, D, dt_bias = (None if t is None else t[None] for t in (A, D, dt_bias))
+        z = None if z is None else z.unsqueeze(1)
+        rest = (dt_softplus, l2norm, scale)
+        out, new = reference(state, x, dt, A, B, C, D, z, dt_bias, beta, *rest)
+        return out[:, 0], new[:, 0]
     sums = torch.promote_types(x.dtype, torch.float32)
-    t = dt.to(sums) if dt_bias is None else dt.to(sums) + dt_bias.to(sums)
+    letters, _ = _decay_sizes(dt, "SHP", tuple(state.shape), beta is not None)
+    t = dt.to(sums)[..., *((slice(None) if d in letters[2:] else None) for d in "PN")] if dt.dim() < 4 else dt.to(sums)
+    if dt_bias is not None:
+        t = t + (dt_bias.to(sums) if dt_bias.dim() == 3 else dt_bias.to(sums)[..., None])
     t = F.softplus(t) if dt_softplus else t
     heads_per_group = x.shape[1] // max(B.shape[1], 1)
 
@@ -118,7 +142,7 @@ def reference(
         return v.repeat_interleave(heads_per_group, 1)[:, :, None]
 
     b, c, x_column = per_head(B), per_head(C), x.to(sums)[..., None]
-    new = torch.exp(t * A.to(sums)) * state.to(sums)
+    new = torch.exp(t if A is None else t * A.to(sums)) * state.to(sums)
     if beta is None:
         new = new + t * x_column * b
     else:
@@ -172,16 +196,7 @@ def state_update(
 
     Mamba (Gu and Dao, 2023), Mamba-2 (Dao and Gu, 2024); arguments as of mamba_ssm's ``selective_state_update``.
     """
-    heads = state.dim() != 3
-    if not heads:  # one head, whose rows are the channels
-        state, x, dt, B, C = (v.unsqueeze(1) for v in (state, x, dt, B, C))
-        A, D, z = A.unsqueeze(0), D if D is None else D.unsqueeze(0), z if z is None else z.unsqueeze(1)
-        dt_bias = dt_bias if dt_bias is None else dt_bias.unsqueeze(0)
-    N = state.shape[-1]
-    dt = dt.unsqueeze(-1).expand(*dt.shape, N)
-    dt_bias = dt_bias if dt_bias is None else dt_bias.unsqueeze(-1).expand(*dt_bias.shape, N)
-    out = _op(state, x, dt, A, B, C, D, z, dt_bias, None, dt_softplus, False, 1.0)[0]
-    return out if heads else out.squeeze(1)
+    return _op(state, x, dt, A, B, C, D, z, dt_bias, None, dt_softplus, False, 1.0)[0]
 
 
 def delta_update(
@@ -224,7 +239,5 @@ def delta_update(
             "state_update: expected state of shape (B, H, K, V) and g of shape (B, H) or (B, H, K), "
             f"got {tuple(state.shape)} and {tuple(g.shape)}"
         )
-    batch, H, K, V = state.shape
-    dt = (g[..., None, None] if g.dim() == 2 else g[:, :, None]).expand(batch, H, V, K)
-    one = dt.new_ones(()).expand(H, V, K)
-    return _op(state.mT, v, dt, one, k, q, None, None, None, beta, False, l2norm, K**-0.5 if scale is None else scale)[0]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _op(state.mT, v, g, None, k, q, None, None, None, beta, False, l2norm, scale)[0]
