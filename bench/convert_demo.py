@@ -53,7 +53,7 @@ class Lessons:
         return {"input_ids": lesson.ids, "attention_mask": lesson.mask, "pixel_values": pixels(scenes)}
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 3, 5])
     parser.add_argument("--layer-steps", type=int, default=150)
@@ -61,40 +61,49 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=800)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--save", action="store_true")
-    args = parser.parse_args()
-    torch.manual_seed(0)
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy before, after seeding and after distillation."""
     teacher, processor = load()
     teacher = teacher.float()
     start = time.perf_counter()
     student = effvlm.convert.attention_to_ssm(copy.deepcopy(teacher), args.layers)
-    right = {"attention": evaluate(teacher, args.questions, processor=processor)["accuracy"]}
-    right["seeded"] = evaluate(student, args.questions, processor=processor)["accuracy"]
+    right = {
+        who: evaluate(model, args.questions, processor=processor)["accuracy"]
+        for who, model in (("attention", teacher), ("seeded", student))
+    }
     print(right, flush=True)
-    lessons = Lessons(teacher, processor, args.layer_steps + args.logit_steps)
 
     def tell(step: int, loss: float) -> None:
         if step % 25 == 0:
             print(f"{step:4} {loss:.4f} {time.perf_counter() - start:.0f} s", flush=True)
 
+    lessons = Lessons(teacher, processor, args.layer_steps + args.logit_steps)
     done = effvlm.convert.distill(
         student, teacher, lessons, layer_steps=args.layer_steps, lr=args.lr, everything=True, on_step=tell
     )
     result = evaluate(student, args.questions, processor=processor)
-    right["distilled"] = result["accuracy"]
-    kinds = {kind: row["accuracy"] for kind, row in result["kinds"].items()}
-    row = {
+    return {
         "what": "demo VLM, attention to state-space layers",
         "layers": args.layers,
         "of": [1, 3, 5],
         "questions": args.questions,
         "steps": [args.layer_steps, args.logit_steps],
         "batch": BATCH,
-        "right": right,
-        "distilled_by_kind": kinds,
+        "right": right | {"distilled": result["accuracy"]},
+        "distilled_by_kind": {kind: row["accuracy"] for kind, row in result["kinds"].items()},
         "last_losses": [round(x, 4) for x in (done.losses[args.layer_steps - 1], done.losses[-1])],
         "seconds": round(time.perf_counter() - start),
         "machine": record("cpu"),
     }
+
+
+def main() -> None:
+    args = parse()
+    torch.manual_seed(0)
+    row = run(args)
     print(json.dumps(row))
     if args.save:
         name = "-".join(map(str, args.layers))

@@ -68,9 +68,9 @@ def at_level(level: str, run: Callable[[], Any]) -> Callable[[], Any]:
 def implementations(spec: Spec, args: tuple[Any, ...], options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     runs: dict[str, Callable[[], Any]] = {}
     if options.device == "cpu" and options.isa:
-        runs.update({f"effvlm {level}": at_level(level, lambda: spec.call(*args)) for level in _core.cpu_isas()[::-1]})
+        runs.update({f"effvlm {level}": at_level(level, lambda: spec.timed(*args)) for level in _core.cpu_isas()[::-1]})
     else:
-        runs[f"effvlm {_core.cpu_isa()}" if options.device == "cpu" else "effvlm cuda"] = lambda: spec.call(*args)
+        runs[f"effvlm {_core.cpu_isa()}" if options.device == "cpu" else "effvlm cuda"] = lambda: spec.timed(*args)
     runs["reference"] = lambda: spec.refer(*args)
     if options.compile:
         compiled = torch.compile(spec.refer)
@@ -145,6 +145,7 @@ def print_rows(console: Console, rows: list[Row]) -> None:
     console.print(table)
 
 
+@torch.no_grad()  # as at inference
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     options = parse(arguments)

@@ -16,4 +16,4 @@ SMALLEST = [pytest.param(s, min((c for c in s.cases if c.bench), key=s.flops), i
 def test_op(benchmark: Any, spec: Spec, case: Case, dtype: torch.dtype) -> None:
     """The smallest bench case of each op."""
     args = spec.inputs(case, dtype, torch.Generator().manual_seed(0))
-    benchmark.pedantic(spec.call, args, rounds=20, warmup_rounds=2)
+    benchmark.pedantic(spec.timed, args, rounds=20, warmup_rounds=2)

@@ -229,7 +229,7 @@ def _is_eager(args: Sequence[Any]) -> bool:
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
+        or torch._C._functorch.maybe_current_level() is not None
         or args[0].is_meta
     ):
         return False

@@ -25,10 +25,11 @@ def test_nan_goes_forwards_inside_its_head(where: str, delta: bool, channel: boo
         got = chunk_scan(**{name: t.to(device) for name, t in x.items()}, beta=beta)
     assert torch.equal(got.out[:, :, 0], clean.out[:, :, 0])
     assert torch.equal(got.final_state[:, 0], clean.final_state[:, 0])
-    assert torch.equal(got.out[:, :STEP], clean.out[:, :STEP])
+    # A chunk with NaN may go another way, and round otherwise.
+    torch.testing.assert_close(got.out[:, :STEP], clean.out[:, :STEP], rtol=1e-5, atol=1e-5)
     assert got.out[:, STEP, 1].isnan().all()
     if where == "q":
-        assert torch.equal(got.out[:, STEP + 1 :], clean.out[:, STEP + 1 :])
-        assert torch.equal(got.final_state, clean.final_state)
+        torch.testing.assert_close(got.out[:, STEP + 1 :], clean.out[:, STEP + 1 :], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got.final_state, clean.final_state, rtol=1e-5, atol=1e-5)
     else:
         assert got.final_state[:, 1].isnan().all()

@@ -13,16 +13,17 @@ import transformers
 from effvlm.hf.mixers import _mixers_of
 
 _SIZES = {
-    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "max_position_embeddings": 256, "state_size": 8, "mamba_d_state": 8, "ssm_state_size": 8, "time_step_rank": 4, "mamba_dt_rank": 4,
-    "n_groups": 2, "mamba_n_groups": 2, "mamba_ngroups": 2, "num_heads": 4, "mamba_num_heads": 4, "mamba_n_heads": 4, "n_mamba_heads": 2,
-    "mamba_d_head": 32, "mamba_head_dim": 32, "mamba_headdim": 32, "mamba_d_ssm": 128, "chunk_size": 16, "mamba_chunk_size": 16,
-    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_num_heads": 4, "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16, "linear_head_dim": 16, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "shared_expert_intermediate_size": 32,
-    "shared_intermediate_size": 48, "n_shared_experts": 1, "attention_head_dim": 32, "attention_hidden_size": 128, "mamba_expand": 2, "expand": 2,
-    "adapter_rank": 8, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
-    "n_group": 1, "topk_group": 1, "num_expert_group": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "max_position_embeddings": 256, "state_size": 8, "mamba_d_state": 8, "ssm_state_size": 8,
+    "time_step_rank": 4, "mamba_dt_rank": 4, "n_groups": 2, "mamba_n_groups": 2, "mamba_ngroups": 2, "num_heads": 4,
+    "mamba_num_heads": 4, "mamba_n_heads": 4, "n_mamba_heads": 2, "mamba_d_head": 32, "mamba_head_dim": 32, "mamba_headdim":
+    32, "mamba_d_ssm": 128, "chunk_size": 16, "mamba_chunk_size": 16, "linear_num_value_heads": 4, "linear_num_key_heads":
+    2, "linear_num_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_head_dim": 16, "num_experts":
+    4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 32, "shared_expert_intermediate_size": 32, "shared_intermediate_size": 48,
+    "n_shared_experts": 1, "attention_head_dim": 32, "attention_hidden_size": 128, "mamba_expand": 2, "expand": 2,
+    "adapter_rank": 8, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim":
+    16, "n_group": 1, "topk_group": 1, "num_expert_group": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 # What the sizes above do not say: which layers are mixers, and what must fit together.
 _LINEAR = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"]}

@@ -66,11 +66,11 @@ def distill(
     pairs = [(name, m) for name, m in student.named_modules() if isinstance(m, SSMAttention)]
     if not pairs:
         raise ValueError("distill: expected a student with layers converted by effvlm.convert.attention_to_ssm, found none")
-    todo, done = list(batches), Distilled()
+    done, first, steps = Distilled(), min(layer_steps, len(batches)), len(batches)
     own = [p for _, m in pairs for p in m.parameters()]
     stages = [
-        ("layers", todo[:layer_steps], own),
-        ("logits", todo[layer_steps:], list(student.parameters()) if everything else own),
+        ("layers", range(first), own),
+        ("logits", range(first, steps), list(student.parameters()) if everything else own),
     ]
     required = {p: p.requires_grad for p in student.parameters()}
     try:

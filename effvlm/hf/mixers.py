@@ -28,7 +28,7 @@ _OPS = {
 
 def consider(name: str, module: Any, report: EnableReport, undo: list[Callable[[], None]]) -> None:
     """Put one module on our scans, if its class calls any: said in ``report``, undone by ``undo``."""
-    kind = type(module)
+    kind: Any = type(module)
     if "_effvlm_scans" in vars(kind):
         report.modules[name] = f"{_ops(kind._effvlm_scans)}; its class was replaced when it was loaded"
         return
@@ -51,7 +51,7 @@ def _ops(found: Any) -> str:
 
 
 @cache
-def _with_ours(kind: type) -> type:
+def _with_ours(kind: Any) -> type:
     """A subclass whose forward calls our functions; of the same name, which device maps and reports go by."""
     body = {"forward": forward_with_ours(kind), "_effvlm_scans": scans_of(kind), "__module__": kind.__module__}
     return type(kind.__name__, (kind,), body)
@@ -74,7 +74,7 @@ def replace_classes(*model_types: str) -> list[str]:
     """
     from transformers.monkey_patching import register_patch_mapping
 
-    mapping: dict[str, type[torch.nn.Module]] = {}
+    mapping: dict[str, Any] = {}
     for model_type in model_types:
         found = _mixers_of(model_type)
         if not found:
@@ -91,10 +91,12 @@ def restore_classes() -> None:
     unregister_patch_mapping([name for name, kind in get_patch_mapping().items() if "_effvlm_scans" in vars(kind)])
 
 
-def _mixers_of(model_type: str) -> list[type[torch.nn.Module]]:
+def _mixers_of(model_type: str) -> list[Any]:
     try:
         modeling = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
     except ImportError as error:
         raise ValueError(f"replace_classes: transformers has no model type {model_type!r}") from error
-    classes = [kind for kind in vars(modeling).values() if isinstance(kind, type) and kind.__module__ == modeling.__name__]
+    classes: list[Any] = [
+        kind for kind in vars(modeling).values() if isinstance(kind, type) and kind.__module__ == modeling.__name__
+    ]
     return [kind for kind in classes if issubclass(kind, torch.nn.Module) and scans_of(kind)]

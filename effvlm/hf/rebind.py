@@ -37,7 +37,7 @@ def scan_name(name: str, value: Any) -> str:
 
 
 @cache
-def scans_of(kind: type) -> Mapping[str, str]:
+def scans_of(kind: Any) -> Mapping[str, str]:
     """The scan functions that a class's ``forward`` calls: global name → known name."""
     forward = inspect.unwrap(kind.forward) if isinstance(getattr(kind, "forward", None), FunctionType) else None
     if not isinstance(forward, FunctionType):
@@ -47,16 +47,16 @@ def scans_of(kind: type) -> Mapping[str, str]:
 
 
 @cache
-def forward_with_ours(kind: type) -> Callable[..., Any]:
+def forward_with_ours(kind: Any) -> Callable[..., Any]:
     """``kind.forward`` with our functions under the names in :func:`scans_of`."""
-    inner = inspect.unwrap(kind.forward)  # type: ignore[attr-defined]
+    inner = inspect.unwrap(kind.forward)
     ours = {}
     for name, known in scans_of(kind).items():
         theirs = inner.__globals__[name]
         ours[name] = instead_of(known, theirs, packaged=_decorated_with(theirs).get("is_new_implementation", False))
     # Without __name__, torch.compile looks names up here and not in the module that the copy is of.
     names = {key: value for key, value in inner.__globals__.items() if key != "__name__"} | ours
-    return _again(kind.forward, names)  # type: ignore[attr-defined]
+    return _again(kind.forward, names)
 
 
 def _again(function: FunctionType, names: dict[str, Any]) -> FunctionType:

@@ -31,7 +31,7 @@ def check(
 ) -> None:
     device, heads = x.device, state.dim() == 4
     sizes = _shape("state", state, "SHPN" if heads else "SPN", FLOATS, device)
-    (S, H, P, N) = sizes if heads else (sizes[0], 1, *sizes[1:])
+    S, H, N = sizes[0], sizes[1] if heads else 1, sizes[-1]
     if N > MAX_N:
         raise ValueError(f"state_update: expected N of at most {MAX_N}, got {N}")
     same = (x.dtype,) if x.dtype in FLOATS else FLOATS
@@ -41,9 +41,9 @@ def check(
     _expect("dt", dt, *_decay_sizes(dt, rows, sizes, beta is not None), either, device)
     groups, rest = ("SGN", (S, B.shape[1] if B.dim() == 3 else 1, N)) if heads else ("SN", (S, N))
     _expect("B", B, groups, rest, same, device)
-    _expect("C", C, groups, rest, same, device)
     if heads and H and (not rest[1] or H % rest[1]):
         raise ValueError(f"state_update: expected B of shape (S, G, N) with G a divisor of H = {H}, got {tuple(B.shape)}")
+    _expect("C", C, groups, rest, same, device)
     for name, t in (("A", A), ("dt_bias", dt_bias), ("D", D)):
         if t is not None:
             full = name == "A" or (name == "dt_bias" and t.dim() == len(sizes) - 1)
@@ -55,7 +55,7 @@ def check(
 
 
 def _decay_sizes(dt: torch.Tensor, rows: str, sizes: tuple[int, ...], delta: bool) -> tuple[str, tuple[int, ...]]:
-    """Which letters dt has, by its rank, and their sizes: those of the state, of its rows, or, for the delta rule, of its heads."""
+    """Letters and sizes of dt, by its rank: those of the state, of its rows, or, for the delta rule, of its heads."""
     rank = dt.dim()
     if rank == len(sizes):
         return rows + "N", sizes
@@ -84,7 +84,7 @@ def _expect(
     if t.shape == sizes and t.dtype in types and t.device == device:  # a step is short, and so are its checks
         return
     if _shape(name, t, dims, types, device) != sizes:
-        raise ValueError(f"state_update: expected {name} of shape ({', '.join(dims)}) = {sizes}, got {tuple(t.shape)}")
+        raise ValueError(f"state_update: expected {name} of shape ({', '.join(dims)}) = {tuple(sizes)}, got {tuple(t.shape)}")
 
 
 def allocate(
@@ -130,7 +130,9 @@ def reference(
         return out[:, 0], new[:, 0]
     sums = torch.promote_types(x.dtype, torch.float32)
     letters, _ = _decay_sizes(dt, "SHP", tuple(state.shape), beta is not None)
-    t = dt.to(sums)[..., *((slice(None) if d in letters[2:] else None) for d in "PN")] if dt.dim() < 4 else dt.to(sums)
+    t = dt.to(sums)
+    if dt.dim() < 4:
+        t = t[(..., *(slice(None) if d in letters[2:] else None for d in "PN"))]
     if dt_bias is not None:
         t = t + (dt_bias.to(sums) if dt_bias.dim() == 3 else dt_bias.to(sums)[..., None])
     t = F.softplus(t) if dt_softplus else t

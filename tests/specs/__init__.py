@@ -89,6 +89,11 @@ class Spec:
         outputs = getattr(torch.ops.effvlm, self.op)(*args)
         return (*(outputs if isinstance(outputs, tuple) else (outputs,)), *self.written(args))
 
+    def timed(self, *args: Any) -> Tensors:
+        """What users call, in place where the op writes in place."""
+        op: Callable[..., Tensors] = self.run or importlib.import_module(f"effvlm.ops.{self.op}")._op
+        return op(*args)
+
     def fresh(self, args: Args) -> Args:
         """The arguments, with copies (of the same strides) in place of those that the op writes to."""
         return tuple(_copy(a) if i in OPS[self.op].mutates and a is not None else a for i, a in enumerate(args))

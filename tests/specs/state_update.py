@@ -97,7 +97,7 @@ SPEC = Spec(
         2.0 * c.sizes["S"] * c.sizes["H"] * c.sizes["P"] * c.sizes["N"] * (4 if c.options.get("f32") else dtype.itemsize)
     ),
     bad=(
-        Bad("rank", lambda a: a.__setitem__(0, a[0][0]), ValueError, "(S, H, P, N)"),
+        Bad("rank", lambda a: a.__setitem__(0, a[0][0, 0]), ValueError, "(S, P, N)"),
         Bad("dtype", lambda a: a.__setitem__(0, a[0].double()), TypeError, "float64"),
         Bad("too_many_states", lambda a: a.__setitem__(0, a[0][..., :1].expand(2, 3, 8, 1025)), ValueError, "1024, got 1025"),
         Bad("x_shape", _set(1, torch.ones(2, 3, 7)), ValueError, "(2, 3, 8), got (2, 3, 7)"),

@@ -1,0 +1,233 @@
+"""Whole models with Mamba-like mixers, and how time and memory grow with the sequence.
+
+    python bench/mixers.py models [--rounds 3] [--save]    prefill of 1,024 tokens and 64 steps, transformers against
+    effvlm.enable python bench/mixers.py length [--save]                 one layer up to 103k tokens: attention against its
+    converted form
+
+Random weights in bfloat16: times do not depend on them. One JSON line per row; --save appends them to bench/results/mixers.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import record
+from timing import peak_extra_bytes
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+import effvlm
+from effvlm import nn
+
+Row = dict[str, Any]
+PREFILL, STEPS = 1024, 64
+_WORDS = {"vocab_size": 32000, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+MODELS: dict[str, dict[str, Any]] = {
+    # As falcon-mamba-7b, a third as deep and three eighths as wide.
+    "falcon_mamba": {
+        "hidden_size": 1536,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 24,
+        "state_size": 16,
+        "time_step_rank": 96,
+    },
+    # As granite-4.0-h-1b: dense, few attention layers among many.
+    "granitemoehybrid": {
+        "hidden_size": 1536,
+        "num_hidden_layers": 20,
+        "layer_types": [{5: "full_attention", 15: "full_attention"}.get(i, "linear_attention") for i in range(20)],
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "shared_intermediate_size": 4096,
+        "intermediate_size": 512,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "mamba_n_heads": 48,
+        "mamba_d_head": 64,
+        "mamba_d_state": 128,
+        "mamba_n_groups": 1,
+        "mamba_expand": 2,
+        "position_embedding_type": "nope",
+    },
+    # As Qwen3.5's small models: three gated delta layers to one of attention.
+    "qwen3_5_text": {
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 16,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+    },
+}
+
+
+def _model(name: str) -> Any:
+    config = CONFIG_MAPPING[name](**(_WORDS | MODELS[name]))
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    out = run()
+    return time.perf_counter() - start, out
+
+
+def _prefill_and_steps(model: Any, ids: torch.Tensor) -> tuple[float, float]:
+    """Seconds of the prefill, and per step."""
+    first, out = _timed(lambda: model(ids, use_cache=True, logits_to_keep=1))
+    name = "past_key_values" if "past_key_values" in out else "cache_params"
+    cache = {name: out[name]}
+    token = ids[:, :1]
+    model(token, **cache, use_cache=True)
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            model(token, **cache, use_cache=True)
+
+    return first, _timed(steps)[0] / STEPS
+
+
+@torch.no_grad()
+def models(rounds: int) -> list[Row]:
+    rows = []
+    ids = torch.randint(3, 32000, (1, PREFILL))
+    for name in MODELS:
+        model = _model(name)
+        times: dict[str, list[tuple[float, float]]] = {"transformers": [], "effvlm": []}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _prefill_and_steps(model, ids[:, :32])
+            for _ in range(rounds):
+                times["transformers"].append(_prefill_and_steps(model, ids))
+                report = effvlm.enable(model)
+                times["effvlm"].append(_prefill_and_steps(model, ids))
+                effvlm.disable(model)
+        prefill, step = ({who: statistics.median(t[i] for t in got) for who, got in times.items()} for i in (0, 1))
+        rows.append(
+            {
+                "what": "model",
+                "model": name,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "mixers": len(report.modules),
+                "prefill_s": prefill,
+                "step_s": step,
+                "prefill_ratio": prefill["transformers"] / prefill["effvlm"],
+                "step_ratio": step["transformers"] / step["effvlm"],
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+LENGTHS = (1024, 4096, 16384, 32768, 65536, 103424)
+CHUNK = 512
+
+
+class Layer:
+    """A mixer of HoVLE's shape (2,048 channels, 16 heads of 128, no groups) behind L tokens: attention, and its converted form."""
+
+    C, H, D = 2048, 16, 128
+
+    def __init__(self, L: int) -> None:
+        self.L = L
+        self.mixer = nn.SSMMixer(self.C, self.H, self.D, scale=self.D**-0.5).bfloat16()
+        self.projections = [torch.randn(self.C, self.C, dtype=torch.bfloat16) * self.C**-0.5 for _ in range(4)]
+        self.keys, self.values = (torch.randn(1, self.H, L, self.D, dtype=torch.bfloat16) for _ in range(2))
+        self.state = torch.randn(1, self.H, self.D, self.D)
+
+    def _project(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [(x @ w).unflatten(-1, (self.H, self.D)) for w in self.projections[:3]]
+
+    def attention(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.transpose(1, 2) for t in self._project(x))
+        new = x.shape[1]
+        self.keys[:, :, self.L - new :], self.values[:, :, self.L - new :] = k, v
+        mask = torch.ones(new, self.L, dtype=torch.bool).tril(self.L - new) if new > 1 else None
+        out = torch.nn.functional.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=mask)
+        return out.transpose(1, 2).flatten(2) @ self.projections[3]
+
+    def converted(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mixer(x, *self._project(x), state=self.state).out @ self.projections[3]
+
+
+@torch.no_grad()
+def length() -> list[Row]:
+    """What the next 512 tokens, and the next one, cost after L tokens, and what is kept of those."""
+    rows = []
+    for L in LENGTHS:
+        layer = Layer(L)
+        kept = {"attention": 2 * layer.keys.nbytes, "state": layer.state.nbytes}
+        row: Row = {"what": "length", "tokens": L, "cache_bytes": kept}
+        for label, tokens in (("chunk", CHUNK), ("step", 1)):
+            x = torch.randn(1, tokens, layer.C, dtype=torch.bfloat16)
+            times: dict[str, list[float]] = {"attention": [], "state": []}
+            for i in range(6):
+                for who, run in (("attention", layer.attention), ("state", layer.converted)):
+                    seconds = _timed(partial(run, x))[0]
+                    if i:
+                        times[who].append(seconds)
+            row[f"{label}_s"] = {who: statistics.median(t) for who, t in times.items()}
+            row[f"{label}_ratio"] = row[f"{label}_s"]["attention"] / row[f"{label}_s"]["state"]
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows + _scans()
+
+
+def _scans() -> list[Row]:
+    """The scans themselves on whole sequences: time per token and extra memory must not grow."""
+    rows = []
+    for L in (1024, 8192, 65536, 102400):
+        u, dt = (torch.randn(1, 512, L, dtype=torch.bfloat16) for _ in range(2))
+        B, C = (torch.randn(1, 16, L, dtype=torch.bfloat16) for _ in range(2))
+        A = -torch.rand(512, 16)
+        q, k = (torch.randn(1, L, 1, 128, dtype=torch.bfloat16) for _ in range(2))
+        v, g = torch.randn(1, L, 8, 64, dtype=torch.bfloat16), -torch.rand(1, L, 8)
+        runs: dict[str, Callable[[], Any]] = {
+            "selective_scan": lambda u=u, dt=dt, A=A, B=B, C=C: effvlm.selective_scan(u, dt, A, B, C, delta_softplus=True),
+            "chunk_scan": lambda q=q, k=k, v=v, g=g: effvlm.chunk_scan(q, k, v, g),
+        }
+        for op, run in runs.items():
+            run()
+            seconds = min(_timed(run)[0] for _ in range(4))
+            out = run()[0].nbytes
+            rows.append(
+                {
+                    "what": "scan",
+                    "op": op,
+                    "tokens": L,
+                    "us_per_token": seconds / L * 1e6,
+                    "extra_bytes": (peak_extra_bytes(run, "cpu") or 0) - out,
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["models", "length"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--save", action="store_true")
+    args = parser.parse_args()
+    rows = models(args.rounds) if args.what == "models" else length()
+    if args.save:
+        with (Path(__file__).parent / "results" / "mixers.jsonl").open("a") as file:
+            for row in rows:
+                file.write(json.dumps(row | {"machine": record("cpu")}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
