@@ -137,7 +137,7 @@ CHUNK = 512
 
 
 class Layer:
-    """A mixer of HoVLE's shape (2,048 channels, 16 heads of 128, no groups) behind L tokens: attention, and its converted form."""
+    """A mixer of HoVLE's shape (2,048 channels, 16 heads of 128) behind L tokens: attention, and its converted form."""
 
     C, H, D = 2048, 16, 128
 

@@ -7,8 +7,9 @@
 // Layout     any strides, zero included, for all inputs; outputs contiguous
 // Types      q, k, v, out f32 f16 bf16; all else f32; one rounding at the store of out
 // Edges      cu_seqlens: B = 1, sequence s is steps cu_seqlens[s] … [s+1), with a state of its own; else S = B. An empty sequence
-//            hands its initial state on. d = −∞ forgets all (exp is 0). Sums of d over a chunk are kept in f64: chunks of extreme
-//            decays stay right. NaN stays inside its head and, forwards, its sequence
+//            hands its initial state on. d = −∞ forgets all (exp is 0). Decays between two steps are products of decays or
+//            exponentials of sums in f64, never quotients: extreme ones stay right. NaN stays inside its head and, forwards, its
+//            sequence
 // Order      sums in a fixed order: same result every run and for any thread count
 // Parallel   CPU: (sequence, some heads of a group) over threads.  CUDA: block per (sequence, head, part of V)
 // Cost       reads L·(2G·K + H·V)·e, writes L·H·V·e bytes; about H·L·(4K·V + Q·(K + V)) flops with chunks of Q steps, 6K·V

@@ -13,7 +13,7 @@ from effvlm.nn.ssm_mixer import SSMMixer
 
 
 class SSMAttention(nn.Module):
-    """An attention layer of transformers with :class:`effvlm.nn.SSMMixer` for its softmax; :func:`attention_to_ssm` makes it.
+    """An attention layer with :class:`effvlm.nn.SSMMixer` for its softmax; :func:`attention_to_ssm` makes it.
 
     The projections are the attention layer's own modules: queries serve as C, keys as B, values as x. Called as the layer it
     stands for; caches hold a state of constant size. Norms of queries and keys (``q_norm``, ``k_norm``) and rotary embeddings

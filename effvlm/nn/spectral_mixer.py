@@ -42,7 +42,8 @@ class SpectralMixer(nn.Module):
         # Half precision has no transform on the CPU; float32 costs little next to it.
         frequencies = torch.fft.rfft2(x.float().view(B, height, width, C), dim=(1, 2), norm="ortho")
         filtered = frequencies * torch.view_as_complex(self._weight(height, width))
-        return torch.fft.irfft2(filtered, s=(height, width), dim=(1, 2), norm="ortho").reshape(B, L, C).to(x.dtype)
+        mixed: torch.Tensor = torch.fft.irfft2(filtered, s=(height, width), dim=(1, 2), norm="ortho")
+        return mixed.reshape(B, L, C).to(x.dtype)
 
     def _weight(self, height: int, width: int) -> torch.Tensor:
         weight = self.complex_weight.float()
