@@ -109,7 +109,7 @@ class Scanner {
     float* z = base + at_.scratch;
     if (a.z.data) {
       read(a.z, b, 0, c, l, 1, steps, lanes(c), z, kLanes);
-      for (i64 i = 0; i < steps * kLanes; i += kLanes) store(rows + i, load(rows + i) * silu(load(z + i)));
+      for (i64 i = 0; i < steps * kLanes; i += kLanes) store(rows + i, load(rows + i) * silu_short(load(z + i)));
     }
     write(rows, a.out, b, 0, c, l, steps, lanes(c));
   }

@@ -1,7 +1,7 @@
 // What the CPU form of selective_scan is made of: rows of one vector of channels are packed, scanned and stored. Everything in
 // between is f32, whatever the types and strides of the tensors.
 #pragma once
-#include "core/cpu/math.h"
+#include "core/cpu/exp_short.h"
 #include "core/cpu/transpose.h"
 #include "core/dispatch.h"
 #include "ops/selective_scan.h"
@@ -60,7 +60,7 @@ inline i64 unpack_turned(const float* from, i64 steps, int count, T* to, i64 str
     float turned[256];
     for (int j = 0; j < 16; ++j) rows[j] = from + (i + j) * 16;
     transpose_16x16(rows, turned, 16);
-    for (int c = 0; c < count; ++c) store(to + c * stride + i, load(turned + 16 * c));
+    for (int c = 0; c < count; ++c) store_short(to + c * stride + i, load(turned + 16 * c));
   }
   return i;
 }
@@ -101,9 +101,9 @@ template <class T>
 void unpack(const float* from, i64 steps, int count, T* to, i64 stride_c, i64 stride_l) {
   i64 i = 0;
   if (stride_c == 1 && count == kLanes) {
-    for (; i < steps; ++i) store(to + i * stride_l, load(from + i * kLanes));
+    for (; i < steps; ++i) store_short(to + i * stride_l, load(from + i * kLanes));
   } else if (stride_c == 1) {
-    for (; i < steps; ++i) store(to + i * stride_l, load(from + i * kLanes), count);
+    for (; i < steps; ++i) store_short(to + i * stride_l, load(from + i * kLanes), count);
   } else if (stride_l == 1) {
     i = unpack_turned(from, steps, count, to, stride_c);
   }
@@ -161,7 +161,7 @@ inline void scan_states(const ScanRows& rows, const float* b, const float* c, i6
 
 inline void scan(const ScanRows& rows, i64 N, const float* b, const float* c, i64 pitch, const float* decay, const float* skip,
                  float* states) {
-  constexpr int kGroup = kLanes == 16 ? 8 : 4;  // states, sums and coefficients fill the registers
+  constexpr int kGroup = kLanes == 16 ? 16 : 4;  // states, sums and coefficients fill the registers
   i64 n = 0;
   const auto by = [&](auto group) {
     constexpr int G = decltype(group)::value;
