@@ -44,9 +44,11 @@ _SIGNATURES: dict[tuple[Any, ...], str] = {  # what it returns and then takes: n
     (P, P, P): "ggml_backend_alloc_ctx_tensors_from_buft ggml_swiglu",
     (P, P, P, P): "ggml_add ggml_mul",
     (P, P, P, P, P): "ggml_mul_mat_id",
+    (P, P, P, P, P, P, P, P, P, c_int64): "ggml_ssm_scan",
     (P, P, P, c_int64, c_int64, c_size_t, c_size_t): "ggml_view_2d",
     (P, P, c_char_p): "ggml_backend_dev_init ggml_backend_reg_get_proc_address",
     (P, P, c_int, c_int64, c_int64, c_int64): "ggml_new_tensor_3d",
+    (P, P, c_int, c_int64, c_int64, c_int64, c_int64): "ggml_new_tensor_4d",
     (P, P, c_size_t): "ggml_backend_cpu_buffer_from_ptr",
     (c_bool, P, P): "ggml_backend_dev_supports_op ggml_gallocr_alloc_graph",
     (c_int, P, P): "ggml_backend_graph_compute",
@@ -100,7 +102,55 @@ def why_not(*args: Any, quantised: bool = False) -> str:
     return ""
 
 
-class Experts:
+class Graph:
+    """A graph of ggml on its CPU backend, with torch's number of threads; calling it computes it and returns ``_result``."""
+
+    _graph: int
+    _result: torch.Tensor
+
+    def __init__(self) -> None:
+        library = cast(ctypes.CDLL, _library())
+        self._ggml, self._owned = library, ExitStack()
+        weakref.finalize(self, self._owned.close)
+        self._device = library.ggml_backend_dev_by_type(CPU)
+        self._default = library.ggml_backend_dev_buffer_type(self._device)
+        self._backend = self._own("ggml_backend_free", library.ggml_backend_dev_init(self._device, None))
+        self._procedure("ggml_backend_set_n_threads", None, P, c_int)(self._backend, torch.get_num_threads())
+        self._kept: list[torch.Tensor] = []  # memory of torch that ggml reads
+
+    def __call__(self) -> torch.Tensor:
+        if status := self._ggml.ggml_backend_graph_compute(self._backend, self._graph):
+            raise RuntimeError(f"llama.cpp: expected ggml to compute the graph, got status {status}")
+        return self._result
+
+    def _in_place(self, data: torch.Tensor, kind: int, *sizes: int) -> int:
+        """A tensor of ggml in memory of torch; ``sizes`` innermost first."""
+        ggml = self._ggml
+        data = data.clone(memory_format=torch.contiguous_format) if data.data_ptr() % ALIGNMENT else data.contiguous()
+        self._kept.append(data)
+        make = ggml.ggml_new_tensor_3d if len(sizes) == 3 else ggml.ggml_new_tensor_4d
+        tensor = make(self._context(1), kind, *sizes)
+        buffer = self._own("ggml_backend_buffer_free", ggml.ggml_backend_cpu_buffer_from_ptr(data.data_ptr(), data.nbytes))
+        ggml.ggml_backend_tensor_alloc(buffer, tensor, data.data_ptr())
+        return int(tensor)
+
+    def _procedure(self, name: str, result: Any, *taken: Any) -> Callable[..., Any]:
+        """What a backend exports by name only, since the backend may be a library of its own."""
+        registry = self._ggml.ggml_backend_dev_backend_reg(self._device)
+        return ctypes.CFUNCTYPE(result, *taken)(self._ggml.ggml_backend_reg_get_proc_address(registry, name.encode()))
+
+    def _context(self, tensors: int, *, graph: bool = False) -> int:
+        size = tensors * self._ggml.ggml_tensor_overhead() + graph * self._ggml.ggml_graph_overhead()
+        return self._own("ggml_free", self._ggml.ggml_init(_InitParams(size, None, True)))
+
+    def _own(self, free: str, pointer: int | None) -> int:
+        if not pointer:
+            raise MemoryError(f"llama.cpp: expected something to {free}, got nothing")
+        self._owned.callback(getattr(self._ggml, free), pointer)
+        return pointer
+
+
+class Experts(Graph):
     """A call of ``moe_ffn`` in ggml: llama.cpp's graph for routed experts, with inputs and weights in place.
 
     Calling it computes the graph only and returns (T, O) in float32, in memory that the next call overwrites: inside llama.cpp
@@ -119,16 +169,9 @@ class Experts:
     def __init__(self, *args: Any, quantised: bool = False, repack: bool = True) -> None:
         if reason := why_not(*args, quantised=quantised):
             raise ValueError(f"llama.cpp{' Q4_K' * quantised}: {reason}")
-        library = cast(ctypes.CDLL, _library())
+        super().__init__()
         x, ids, weight, up, _, down, *_ = args
         (tokens, choices), out = ids.shape, down.shape[1]
-        self._ggml, self._owned = library, ExitStack()
-        weakref.finalize(self, self._owned.close)
-        self._device = library.ggml_backend_dev_by_type(CPU)
-        self._default = library.ggml_backend_dev_buffer_type(self._device)
-        self._backend = self._own("ggml_backend_free", library.ggml_backend_dev_init(self._device, None))
-        self._procedure("ggml_backend_set_n_threads", None, P, c_int)(self._backend, torch.get_num_threads())
-        self._kept: list[torch.Tensor] = []  # memory of torch that ggml reads
         weights = [self._weights(w, quantised, repack) for w in (up, down)]
         inputs = [
             self._in_place(x.float(), F32, x.shape[1], 1, tokens),
@@ -136,13 +179,8 @@ class Experts:
             self._in_place(weight, F32, 1, choices, tokens),
         ]
         self._graph, result = self._build(weights, inputs, tokens, choices, out)
-        memory = (ctypes.c_float * (tokens * out)).from_address(library.ggml_get_data(result))
+        memory = (ctypes.c_float * (tokens * out)).from_address(self._ggml.ggml_get_data(result))
         self._result = torch.frombuffer(memory, dtype=torch.float32).view(tokens, out)
-
-    def __call__(self) -> torch.Tensor:
-        if status := self._ggml.ggml_backend_graph_compute(self._backend, self._graph):
-            raise RuntimeError(f"llama.cpp: expected ggml to compute the graph, got status {status}")
-        return self._result
 
     def _build(self, weights: list[int], inputs: list[int], tokens: int, choices: int, out: int) -> tuple[int, int]:
         """The nodes of llama.cpp's ``build_moe_ffn`` for merged gate and up weights, after its routing."""
@@ -179,16 +217,6 @@ class Experts:
             ggml.ggml_backend_buffer_free(buffer)
         return self._in_place(data, kind, columns, rows, experts)
 
-    def _in_place(self, data: torch.Tensor, kind: int, *sizes: int) -> int:
-        """A tensor of ggml in memory of torch; ``sizes`` innermost first."""
-        ggml = self._ggml
-        data = data.clone(memory_format=torch.contiguous_format) if data.data_ptr() % ALIGNMENT else data.contiguous()
-        self._kept.append(data)
-        tensor = ggml.ggml_new_tensor_3d(self._context(1), kind, *sizes)
-        buffer = self._own("ggml_backend_buffer_free", ggml.ggml_backend_cpu_buffer_from_ptr(data.data_ptr(), data.nbytes))
-        ggml.ggml_backend_tensor_alloc(buffer, tensor, data.data_ptr())
-        return int(tensor)
-
     def _quantise(self, weights: torch.Tensor) -> torch.Tensor:
         experts, rows, columns = weights.shape
         data = torch.empty(experts, rows * self._ggml.ggml_row_size(Q4_K, columns), dtype=torch.uint8)
@@ -200,21 +228,6 @@ class Experts:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(one, range(experts)))
         return data
-
-    def _procedure(self, name: str, result: Any, *taken: Any) -> Callable[..., Any]:
-        """What a backend exports by name only, since the backend may be a library of its own."""
-        registry = self._ggml.ggml_backend_dev_backend_reg(self._device)
-        return ctypes.CFUNCTYPE(result, *taken)(self._ggml.ggml_backend_reg_get_proc_address(registry, name.encode()))
-
-    def _context(self, tensors: int, *, graph: bool = False) -> int:
-        size = tensors * self._ggml.ggml_tensor_overhead() + graph * self._ggml.ggml_graph_overhead()
-        return self._own("ggml_free", self._ggml.ggml_init(_InitParams(size, None, True)))
-
-    def _own(self, free: str, pointer: int | None) -> int:
-        if not pointer:
-            raise MemoryError(f"llama.cpp: expected something to {free}, got nothing")
-        self._owned.callback(getattr(self._ggml, free), pointer)
-        return pointer
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import subprocess
 import sys
 from collections import Counter
@@ -14,7 +15,7 @@ import torch
 from tiny_mixers import families, tiny
 
 import effvlm
-from effvlm.hf import mixers, rebind, scans
+from effvlm.hf import hub_kernels, mixers, rebind, scans
 
 IDS = torch.randint(3, 64, (2, 37), generator=torch.Generator().manual_seed(3))
 PADDED = torch.tensor([[0] * 9 + [1] * 28, [1] * 37])
@@ -200,6 +201,26 @@ def test_copies_and_saving(tmp_path: Path) -> None:
     _close(_out(model, input_ids=IDS), wanted)
     model.save_pretrained(tmp_path)
     _close(_out(type(model).from_pretrained(tmp_path), input_ids=IDS), wanted)
+
+
+def test_layers_for_the_kernels_package_have_the_parameters_of_what_they_stand_for() -> None:
+    """What it checks before it takes a layer: number and kinds of parameters, no constructor and no members of its own."""
+    checked = set()
+    for family in families():
+        for kind in mixers._mixers_of(family):
+            for name, known in rebind.scans_of(kind).items():
+                if known in ("mamba_inner_fn", "mamba_split_conv1d_scan_combined"):
+                    continue
+                layer = hub_kernels.Ours(known).load()
+                theirs = inspect.signature(inspect.unwrap(inspect.unwrap(kind.forward).__globals__[name])).parameters
+                ours = list(inspect.signature(layer.forward).parameters.values())[1:]
+                assert [p.kind for p in ours] == [p.kind for p in theirs.values()], (family, known)
+                assert layer.__init__ is torch.nn.Module.__init__
+                assert set(dir(layer)) - set(dir(torch.nn.Module)) <= {"has_backward"}
+                checked.add(known)
+    assert len(checked) == 9
+    with pytest.raises(ImportError, match="enable needs none"):
+        effvlm.hf.register_kernels()
 
 
 def test_functions_of_the_kernels_package_are_recognised() -> None:

@@ -1,4 +1,4 @@
-"""The scan functions of transformers' modeling files, by their names, on our ops.
+"""The scan functions of transformers' modeling files, by their names and with their parameters, on our ops.
 
 transformers writes every Mamba-like mixer against the same eleven functions (``use_kernel_func_from_hub_with_fallback``), whose
 names and parameters are those of the ``mamba_ssm``, ``causal_conv1d`` and ``fla`` packages. Here is one of ours for each of
@@ -30,8 +30,10 @@ def why_not(x: Tensor) -> str:
     return "" if x.device.type in ("cpu", "cuda", "meta") else f"effvlm has no scans on {x.device.type}"
 
 
-def _bounds(x: Tensor, cu_seqlens: Tensor | None, seq_idx: Tensor | None) -> Tensor | None:
-    """Where packed sequences begin and end, int32, from either way to say it; ``x`` is for its batch alone."""
+def _bounds(x: Tensor, said: dict[str, Any]) -> Tensor | None:
+    """Where packed sequences begin and end, int32, from either keyword that says it; ``x`` is for its batch alone."""
+    cu_seqlens: Tensor | None = said.get("cu_seqlens")
+    seq_idx: Tensor | None = said.get("seq_idx")
     if cu_seqlens is not None or seq_idx is None:
         return None if cu_seqlens is None else cu_seqlens.to(torch.int32)
     if len(x) != 1:
@@ -52,14 +54,12 @@ def causal_conv1d_fn(
     weight: Tensor,
     bias: Tensor | None = None,
     activation: str | None = None,
-    seq_idx: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """(B, D, L) → (B, D, L)."""
     x = hidden_states if weight.dtype == torch.float32 else hidden_states.to(weight.dtype)
     fused = activation if activation in _FUSED else None
-    out = causal_conv1d(x, weight, bias, cu_seqlens=_bounds(x, cu_seqlens, seq_idx), activation=fused)
+    out = causal_conv1d(x, weight, bias, cu_seqlens=_bounds(x, kwargs), activation=fused)
     return (out if activation in _FUSED else _activation(str(activation), out)).to(hidden_states.dtype)
 
 
@@ -127,9 +127,6 @@ def mamba_chunk_scan_combined(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     return_final_states: bool = False,
-    z: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mamba-2: (B, L, H, P) → (B, L, H, P), and its last state (B, H, P, N) in float32; chunks are of our own length."""
@@ -143,10 +140,10 @@ def mamba_chunk_scan_combined(
         gain=gain,
         skip=None if D is None else D.float(),
         initial_state=None if initial_states is None else initial_states.float().mT,
-        cu_seqlens=_bounds(hidden_states, cu_seqlens, seq_idx),
+        cu_seqlens=_bounds(hidden_states, kwargs),
     )
-    if z is not None:
-        out = out * torch.nn.functional.silu(z)
+    if kwargs.get("z") is not None:
+        out = out * torch.nn.functional.silu(kwargs["z"])
     return (out, last.mT) if return_final_states else out
 
 
@@ -160,7 +157,6 @@ def chunk_delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
-    cu_seqlens: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated delta rule (g per head) and KDA (g per channel): (B, L, H, V), and the last state (B, H, K, V) in float32."""
@@ -174,7 +170,7 @@ def chunk_delta_rule(
         scale=query.shape[-1] ** -0.5,
         l2norm=use_qk_l2norm_in_kernel,
         initial_state=None if initial_state is None else initial_state.float(),
-        cu_seqlens=_bounds(value, cu_seqlens, None),
+        cu_seqlens=_bounds(value, kwargs),
     )
     return out.to(query.dtype), last if output_final_state else None
 
@@ -200,10 +196,8 @@ def recurrent_delta_rule(
         and not torch.is_grad_enabled()
     )
     if not in_place or initial_state is None:
-        bounds = kwargs.get("cu_seqlens")
-        return chunk_delta_rule(
-            query, key, value, g, beta, 64, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens=bounds
-        )
+        flags = (output_final_state, use_qk_l2norm_in_kernel)
+        return chunk_delta_rule(query, key, value, g, beta, 64, initial_state, *flags, **kwargs)
     one = value.dtype
     step = (x[:, 0] for x in (query.to(one), key.to(one), value, g.float(), beta.float()))
     out = delta_update(initial_state, *step, l2norm=use_qk_l2norm_in_kernel)
