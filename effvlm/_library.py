@@ -188,23 +188,7 @@ def register(
     """
     op = OPS[name] = Op(name, check, allocate, reference, _mutated(schema), needs_workspace)
 
-    def one_or_all(outputs: Tensors) -> Any:  # what torch.library wants of "-> Tensor" and of "-> (Tensor, Tensor)"
-        return outputs if len(outputs) > 1 else outputs[0]
-
-    def kernel(*args: Any) -> Any:
-        return one_or_all(_run(op, *args))
-
-    def fake(*args: Any) -> Any:
-        check(*args)
-        return one_or_all(allocate(*args))
-
-    _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, kernel, "CPU")
-    _LIBRARY.impl(name, kernel, "CUDA")
-    torch.library.register_fake(f"effvlm::{name}", fake, lib=_LIBRARY)
-    if differentiable:
-        torch.library.register_autograd(f"effvlm::{name}", _backward(differentiable), setup_context=_save, lib=_LIBRARY)
-    overload = getattr(torch.ops.effvlm, name).default
+    overload = _define(op, schema, differentiable)
 
     def call(*args: Any) -> Tensors:
         if not differentiable and torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
@@ -234,6 +218,28 @@ def _is_eager(args: Sequence[Any]) -> bool:
     ):
         return False
     return all(map(_PLAIN.__contains__, map(type, args)))
+
+
+def _define(op: Op, schema: str, differentiable: Callable[..., Tensors] | None) -> Any:
+    """``torch.ops.effvlm.<op>`` with its kernels, fake form and gradients."""
+
+    def one_or_all(outputs: Tensors) -> Any:  # what torch.library wants of "-> Tensor" and of "-> (Tensor, Tensor)"
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def kernel(*args: Any) -> Any:
+        return one_or_all(_run(op, *args))
+
+    def fake(*args: Any) -> Any:
+        op.check(*args)
+        return one_or_all(op.allocate(*args))
+
+    _LIBRARY.define(f"{op.name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(op.name, kernel, "CPU")
+    _LIBRARY.impl(op.name, kernel, "CUDA")
+    torch.library.register_fake(f"effvlm::{op.name}", fake, lib=_LIBRARY)
+    if differentiable:
+        torch.library.register_autograd(f"effvlm::{op.name}", _backward(differentiable), setup_context=_save, lib=_LIBRARY)
+    return getattr(torch.ops.effvlm, op.name).default
 
 
 def _mutated(schema: str) -> tuple[int, ...]:
