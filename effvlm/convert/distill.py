@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -53,10 +53,12 @@ def distill(
     Args:
         student: a model after :func:`effvlm.convert.attention_to_ssm`; left in the training mode it came in.
         teacher: the model before (a copy of it), left as it is.
-        batches: keyword arguments for both models, with ``attention_mask`` where there is padding; a sequence, as its length is
-        needed. layer_steps: how many of the batches are for the first stage. lr: where the learning rate starts. everything: in
-        the second stage train all of the student's parameters; default those of the converted layers. on_step: called with the
-        number and loss of every step.
+        batches: keyword arguments for both models, with ``attention_mask`` where there is padding; anything with a length that
+            gives a batch for a number.
+        layer_steps: how many of the batches are for the first stage.
+        lr: where the learning rate starts.
+        everything: in the second stage train all of the student's parameters; default those of the converted layers.
+        on_step: called with the number and loss of every step.
 
     Raises:
         ValueError: the student has no converted layers.
@@ -66,36 +68,51 @@ def distill(
     pairs = [(name, m) for name, m in student.named_modules() if isinstance(m, SSMAttention)]
     if not pairs:
         raise ValueError("distill: expected a student with layers converted by effvlm.convert.attention_to_ssm, found none")
-    done, first, steps = Distilled(), min(layer_steps, len(batches)), len(batches)
+    first, steps = min(layer_steps, len(batches)), len(batches)
     own = [p for _, m in pairs for p in m.parameters()]
-    stages = [
-        ("layers", range(first), own),
-        ("logits", range(first, steps), list(student.parameters()) if everything else own),
-    ]
+    later = list(student.parameters()) if everything else own
+    teach = Teaching(batches, lr, on_step)
     required = {p: p.requires_grad for p in student.parameters()}
     try:
-        for stage, part, trained in stages:
-            chosen = set(map(id, trained))
-            for p in required:
-                p.requires_grad_(id(p) in chosen)
-            optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-            for i, step in enumerate(part):
-                batch = batches[step]
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * (1 - i / len(part))
-                loss = _layer_loss(pairs, teacher, batch) if stage == "layers" else _logit_loss(student, teacher, batch)
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
-                done.losses.append(loss.item())
-                done.stage.append(stage)
-                if on_step:
-                    on_step(len(done.losses), done.losses[-1])
+        teach.stage("layers", range(first), required, own, lambda batch: _layer_loss(pairs, teacher, batch))
+        teach.stage("logits", range(first, steps), required, later, lambda batch: _logit_loss(student, teacher, batch))
     finally:
         for p, needed in required.items():
             p.requires_grad_(needed)
-    return done
+    return teach.done
+
+
+class Teaching:
+    """The steps of a distillation, and what became of them."""
+
+    def __init__(self, batches: Batches, lr: float, on_step: Callable[[int, float], None] | None) -> None:
+        self.batches, self.lr, self.on_step, self.done = batches, lr, on_step, Distilled()
+
+    def stage(
+        self,
+        name: str,
+        steps: range,
+        known: Iterable[torch.nn.Parameter],
+        trained: list[torch.nn.Parameter],
+        loss_of: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
+    ) -> None:
+        """Train some of the parameters on some of the batches."""
+        chosen = set(map(id, trained))
+        for p in known:
+            p.requires_grad_(id(p) in chosen)
+        optimizer = torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.0)
+        for i, step in enumerate(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * (1 - i / len(steps))
+            loss = loss_of(self.batches[step])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            self.done.losses.append(loss.item())
+            self.done.stage.append(name)
+            if self.on_step:
+                self.on_step(len(self.done.losses), self.done.losses[-1])
 
 
 def _weights(batch: Mapping[str, torch.Tensor], like: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,18 +99,18 @@ def transformers_scan(*args: Any) -> Any:
     return _four_ways(u, delta, B, C, paths[1], one)
 
 
-def own_scans(*args: Any) -> Any:
+def own_scans(*args: Any) -> Callable[[], Any]:
     """The same copies around our own op, called once per direction."""
     import effvlm
 
     u, delta, A, B, C, D, z, bias, _, _, softplus, paths = args
     if paths is None or z is not None:
-        return None
+        raise ValueError("one call per direction: for several directions only")
 
     def one(u: torch.Tensor, delta: torch.Tensor, k: int, B: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
         return effvlm.selective_scan(u, delta, A[k], B, C, D[k], None, bias[k], softplus).out
 
-    return _four_ways(u, delta, B, C, paths[1], one)
+    return lambda: _four_ways(u, delta, B, C, paths[1], one)
 
 
 def _four_ways(u: torch.Tensor, delta: torch.Tensor, B: torch.Tensor, C: torch.Tensor, width: int, one: Any) -> torch.Tensor:
@@ -177,5 +178,6 @@ SPEC = Spec(
         Bad("path_stands", _set(11, [1, 3, 0, 0, 0]), ValueError, "at most once"),
         Bad("path_count", _set(11, [-1, 3, 0, 1, 1]), ValueError, "at least 0"),
     ),
-    peers={"transformers": transformers_scan, "one call per direction": own_scans},
+    peers={"transformers": transformers_scan},
+    prepared={"one call per direction": own_scans},
 )
