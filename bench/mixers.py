@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import effvlm
 from effvlm import nn
+from effvlm.hf import rebind
+from effvlm.hf.scans import FUNCTIONS
 
 Row = dict[str, Any]
 PREFILL, STEPS = 1024, 64
@@ -132,6 +135,57 @@ def models(rounds: int) -> list[Row]:
     return rows
 
 
+def _pairs() -> dict[str, tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
+    """Name → family, name of the function in its modeling file, arguments as the model passes them."""
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.bfloat16)
+
+    pairs = {}
+    for D in (1536, 5120):
+        mixed = some(1, PREFILL, 80)
+        args = (some(1, D, PREFILL), some(1, D, PREFILL), -torch.rand(D, 16), mixed[..., 48:64].mT, mixed[..., 64:].mT)
+        more = {"D": torch.randn(D), "z": some(1, PREFILL, D).mT, "delta_bias": torch.randn(D)}
+        flags = {"delta_softplus": True, "return_last_state": True}
+        pairs[f"selective_scan D{D}"] = ("mamba", "mamba_selective_scan", args, more | flags)
+        pairs[f"causal_conv1d D{D}"] = ("mamba", "causal_conv1d_fn", (some(1, D, PREFILL), some(D, 4), some(D), "silu"), {})
+    for H, G in ((24, 1), (128, 8)):
+        args = (
+            some(1, PREFILL, H, 64),
+            some(1, PREFILL, H),
+            -torch.rand(H),
+            some(1, PREFILL, G, 128),
+            some(1, PREFILL, G, 128),
+            256,
+        )
+        more = {"D": some(H), "dt_bias": some(H), "dt_softplus": True, "return_final_states": True}
+        pairs[f"chunk_scan SSD H{H} G{G}"] = ("mamba2", "mamba2_chunk_scan", args, more)
+    q, k, v = some(1, PREFILL, 16, 128), some(1, PREFILL, 16, 128), some(1, PREFILL, 32, 128)
+    args = (q, k, v, -torch.rand(1, PREFILL, 32), torch.rand(1, PREFILL, 32).bfloat16(), 64, None, True, True)
+    pairs["chunk_scan gated delta"] = ("qwen3_5", "torch_chunk_gated_delta_rule", args, {})
+    return pairs
+
+
+@torch.no_grad()
+def layers(rounds: int) -> list[Row]:
+    """Medians of transformers' own functions (the warning left out) and of what stands for them after effvlm.enable."""
+    rows = []
+    for name, (family, function, args, more) in _pairs().items():
+        theirs = getattr(import_module(f"transformers.models.{family}.modeling_{family}"), function)
+        ours = FUNCTIONS[rebind.scan_name(function, theirs)]
+        runs = {"transformers": partial(theirs.__wrapped__, *args, **more), "effvlm": partial(ours, *args, **more)}
+        times: dict[str, list[float]] = {who: [] for who in runs}
+        for i in range(3 * rounds + 1):
+            for who, run in runs.items():
+                seconds = _timed(run)[0]
+                if i:
+                    times[who].append(seconds)
+        ms = {who: statistics.median(t) * 1e3 for who, t in times.items()}
+        rows.append({"what": "layer", "op": name, "ms": ms, "ratio": ms["transformers"] / ms["effvlm"]})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
 LENGTHS = (1024, 4096, 16384, 32768, 65536, 103424)
 CHUNK = 512
 
@@ -218,11 +272,11 @@ def _scans() -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["models", "length"])
+    parser.add_argument("what", choices=["models", "layers", "length"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
-    rows = models(args.rounds) if args.what == "models" else length()
+    rows = length() if args.what == "length" else {"models": models, "layers": layers}[args.what](args.rounds)
     if args.save:
         with (Path(__file__).parent / "results" / "mixers.jsonl").open("a") as file:
             for row in rows:
