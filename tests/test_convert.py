@@ -56,7 +56,7 @@ def test_with_a_cache_it_is_what_it_is_without(layers: list[int] | None) -> None
     kept = [layer for layer in cache.layers if isinstance(layer, StateLayer)]
     assert len(kept) == (3 if layers is None else len(layers))
     assert all(layer.state.shape == (2, 4, 16, 16) and layer.get_seq_length() == 25 for layer in kept)
-    padded = torch.cat([torch.zeros(2, 6, dtype=torch.long), IDS], 1)
+    padded = torch.cat([torch.full((2, 6), 5), IDS], 1)  # not the padding token, whose embedding is zero
     mask = torch.cat([torch.zeros(2, 6, dtype=torch.long), torch.ones_like(IDS)], 1)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     again = model(padded, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 6:]
