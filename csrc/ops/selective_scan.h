@@ -55,8 +55,8 @@ struct SelectiveScanArgs {
   int threads;  // CPU only
 };
 
-constexpr std::int64_t kScanLanes = 16;  // of the widest vector
-constexpr std::int64_t kScanTile = 64;   // steps
+constexpr std::int64_t kScanLanes = 16;   // of the widest vector
+constexpr std::int64_t kScanTile = 64;    // steps
 constexpr std::int64_t kScanBlocks = 16;  // vectors of channels that share a tile of B and C, at most
 
 namespace {  // internal linkage: compiled once per ISA level, and the linker must not merge the copies

@@ -62,22 +62,26 @@ def check(
     if gain is not None and beta is not None:
         raise ValueError(f"{name}: expected gain or beta, got both: the strength of the delta rule is beta")
     _check_cu_seqlens(cu_seqlens, B, L)
-    expected: list[tuple[str, torch.Tensor | None, str, tuple[int, ...]]] = [
-        ("gain", gain, "BLH", (B, L, H)),
-        ("beta", beta, "BLH", (B, L, H)),
-        ("skip", skip, "H", (H,)),
-        ("initial_state", initial_state, "SHKV", (_sequences(v, cu_seqlens), H, K, V)),
-    ]
-    per_channel = isinstance(log_decay, torch.Tensor) and log_decay.dim() == 4
-    expected.append(("log_decay", log_decay, "BLHK", (B, L, H, K)) if per_channel else ("log_decay", log_decay, "BLH", (B, L, H)))
-    for what, x, dims, shape in expected:
-        if x is not None:
-            require_tensor(name, what, x, dims=dims, dtypes=(torch.float32,))
-            if x.shape != shape:
-                raise ValueError(f"{name}: expected {what} of shape ({', '.join(dims)}) = {shape}, got {tuple(x.shape)}")
-    for what, x in (("q", q), ("k", k), ("cu_seqlens", cu_seqlens), *((w, t) for w, t, _, _ in expected)):
+    decay = ("BLHK", (B, L, H, K)) if isinstance(log_decay, torch.Tensor) and log_decay.dim() == 4 else ("BLH", (B, L, H))
+    _expect(v, "log_decay", log_decay, *decay)
+    _expect(v, "gain", gain, "BLH", (B, L, H))
+    _expect(v, "beta", beta, "BLH", (B, L, H))
+    _expect(v, "skip", skip, "H", (H,))
+    _expect(v, "initial_state", initial_state, "SHKV", (_sequences(v, cu_seqlens), H, K, V))
+    for what, x in (("q", q), ("k", k), ("cu_seqlens", cu_seqlens)):
         if x is not None and x.device != v.device:
             raise TypeError(f"{name}: expected {what} on the device of v, {v.device}, got {x.device}")
+
+
+def _expect(v: torch.Tensor, what: str, x: torch.Tensor | None, dims: str, shape: tuple[int, ...]) -> None:
+    """Raise unless ``x`` is absent, or float32, of that shape and where ``v`` is."""
+    if x is None:
+        return
+    require_tensor("chunk_scan", what, x, dims=dims, dtypes=(torch.float32,))
+    if x.shape != shape:
+        raise ValueError(f"chunk_scan: expected {what} of shape ({', '.join(dims)}) = {shape}, got {tuple(x.shape)}")
+    if x.device != v.device:
+        raise TypeError(f"chunk_scan: expected {what} on the device of v, {v.device}, got {x.device}")
 
 
 def _check_cu_seqlens(cu_seqlens: torch.Tensor | None, B: int, L: int) -> None:

@@ -129,21 +129,10 @@ def reference(
         out, new = reference(state, x, dt, A, B, C, D, z, dt_bias, beta, *rest)
         return out[:, 0], new[:, 0]
     sums = torch.promote_types(x.dtype, torch.float32)
-    letters, _ = _decay_sizes(dt, "SHP", tuple(state.shape), beta is not None)
-    t = dt.to(sums)
-    if dt.dim() < 4:
-        t = t[(..., *(slice(None) if d in letters[2:] else None for d in "PN"))]
-    if dt_bias is not None:
-        t = t + (dt_bias.to(sums) if dt_bias.dim() == 3 else dt_bias.to(sums)[..., None])
+    t = _steps_of(dt.to(sums), dt_bias, tuple(state.shape), beta is not None)
     t = F.softplus(t) if dt_softplus else t
-    heads_per_group = x.shape[1] // max(B.shape[1], 1)
-
-    def per_head(v: torch.Tensor) -> torch.Tensor:  # (S, H, 1, N)
-        v = v.to(sums)
-        v = v * torch.rsqrt((v * v).sum(-1, keepdim=True) + 1e-6) if l2norm else v
-        return v.repeat_interleave(heads_per_group, 1)[:, :, None]
-
-    b, c, x_column = per_head(B), per_head(C), x.to(sums)[..., None]
+    b, c = (_per_head(v.to(sums), x.shape[1], l2norm) for v in (B, C))
+    x_column = x.to(sums)[..., None]
     new = torch.exp(t if A is None else t * A.to(sums)) * state.to(sums)
     if beta is None:
         new = new + t * x_column * b
@@ -155,6 +144,21 @@ def reference(
     if z is not None:
         out = out * F.silu(z.to(sums))
     return out.to(x.dtype).contiguous(), new.to(state.dtype)
+
+
+def _steps_of(dt: torch.Tensor, bias: torch.Tensor | None, sizes: tuple[int, ...], delta: bool) -> torch.Tensor:
+    """dt with its bias, of four dimensions."""
+    letters, _ = _decay_sizes(dt, "SHP", sizes, delta)
+    t = dt if dt.dim() == 4 else dt[(..., *(slice(None) if d in letters[2:] else None for d in "PN"))]
+    if bias is None:
+        return t
+    return t + (bias if bias.dim() == 3 else bias[..., None]).to(t.dtype)
+
+
+def _per_head(v: torch.Tensor, heads: int, l2norm: bool) -> torch.Tensor:
+    """(S, G, N) → (S, H, 1, N)."""
+    v = v * torch.rsqrt((v * v).sum(-1, keepdim=True) + 1e-6) if l2norm else v
+    return v.repeat_interleave(heads // max(v.shape[1], 1), 1)[:, :, None]
 
 
 _op = register("state_update", SCHEMA, check=check, allocate=allocate, reference=reference, needs_workspace=False)
