@@ -88,6 +88,7 @@ SPEC = Spec(
     cases=CASES,
     inputs=inputs,
     compare=compare,
+    slow_reference=True,
     flops=lambda c: 2.0 * c.sizes["B"] * c.sizes["D"] * c.sizes["L"] * c.sizes["W"],
     bytes=lambda c, dtype: (
         2.0 * c.sizes["B"] * c.sizes["D"] * (c.sizes["L"] + c.sizes["M"]) + c.sizes["D"] * (c.sizes["W"] + 1)
