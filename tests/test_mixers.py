@@ -73,7 +73,7 @@ def test_same_outputs(family: str) -> None:
 
 def test_all_functions_of_all_families_are_found() -> None:
     """By inspection of the modeling files; the counts are those of transformers 5.23."""
-    found = Counter(known for f in families() for known in {k for m in mixers._mixers_of(f) for k in rebind.scans_of(m).values()})
+    found = Counter(known for f in families() for known in {k for m in mixers.mixers_of(f) for k in rebind.scans_of(m).values()})
     assert found["selective_scan_fn"] >= 4
     assert found["mamba_chunk_scan_combined"] >= 6
     assert found["causal_conv1d_fn"] >= 23  # 22 decorated and lfm3's own
@@ -207,7 +207,7 @@ def test_layers_for_the_kernels_package_have_the_parameters_of_what_they_stand_f
     """What it checks before it takes a layer: number and kinds of parameters, no constructor and no members of its own."""
     checked = set()
     for family in families():
-        for kind in mixers._mixers_of(family):
+        for kind in mixers.mixers_of(family):
             for name, known in rebind.scans_of(kind).items():
                 if known in ("mamba_inner_fn", "mamba_split_conv1d_scan_combined"):
                     continue

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from effvlm.hf.mixers import _mixers_of
+from effvlm.hf.mixers import mixers_of
 
 _SIZES = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -78,7 +78,7 @@ def families() -> tuple[str, ...]:
     for file in sorted(folder.glob("*/modeling_*.py")):
         text = file.read_text()
         if "use_kernel_func_from_hub_with_fallback" in text or "def causal_conv1d_fn" in text:
-            found += [file.parent.name] if _mixers_of(file.parent.name) else []
+            found += [file.parent.name] if mixers_of(file.parent.name) else []
     return tuple(found)
 
 

@@ -8,6 +8,7 @@
 //            path k: step t is at place offset + t / inner·outer_stride + t % inner·inner_stride of the axis L, in every tensor
 // Layout     any strides, zero included; nothing is copied to other strides in memory
 // Types      u, delta, B, C, z: f32 f16 bf16, each its own; out as u; all else and all arithmetic f32; one rounding at the store
+//            (bf16 below the normal numbers may be stored as 0)
 // Edges      L = 0 or an empty path: final = initial; places on no path are zeros; B or D = 0 → nothing; N is 1 … 256; exp
 //            underflows to 0; NaN stays in its channel and sequence, from its step on. A path comes to a place at most once.
 //            starts that do not ascend from 0 to L: the CPU raises, CUDA stays inside the tensors

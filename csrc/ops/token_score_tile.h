@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "core/cpu/dot_in_place.h"
+#include "core/cpu/math.h"
 #include "core/cpu/transpose.h"
 
 namespace effvlm::EFFVLM_ISA {
@@ -27,23 +28,6 @@ constexpr bool is_paired() {
   return std::is_same_v<T, bf16>;
 #else
   return false;
-#endif
-}
-
-// 2^x to a relative 1.7e-7, exactly 1 at 0 (running sums are rescaled by it again and again), clamped or flushed beyond 2^±126.
-// Polynomials: the least relative error on [0,1) and on ±1/2 with 1 for its constant, by linear programming.
-inline f32v exp2(f32v x) {
-#if defined(__AVX512DQ__)
-  const f32v r{_mm512_reduce_ps(x.v, 9)};  // x − ⌊x⌋, and 0 for ±Inf
-  f32v p = set1(1.86713008e-3f);
-  for (const float c : {9.01703029e-3f, 5.57999131e-2f, 0.240164450f, 0.693151312f, 1.0f}) p = fma(p, r, set1(c));
-  return {_mm512_scalef_ps(p.v, x.v)};
-#else
-  x = max(set1(-126), min(set1(126), x));
-  const f32v shifted = x + set1(12582912.0f), r = x - (shifted - set1(12582912.0f));  // 1.5·2^23: adding it rounds to an integer
-  f32v p = set1(1.32647421e-3f);
-  for (const float c : {9.67151312e-3f, 5.55073371e-2f, 0.240222421f, 0.693146978f, 1.0f}) p = fma(p, r, set1(c));
-  return p * exp2_of_rounded(shifted);
 #endif
 }
 

@@ -76,7 +76,7 @@ def replace_classes(*model_types: str) -> list[str]:
 
     mapping: dict[str, Any] = {}
     for model_type in model_types:
-        found = _mixers_of(model_type)
+        found = mixers_of(model_type)
         if not found:
             raise ValueError(f"replace_classes: expected model types with Mamba-like mixers, got {model_type!r}")
         mapping |= {kind.__name__: _with_ours(kind) for kind in found}
@@ -91,7 +91,7 @@ def restore_classes() -> None:
     unregister_patch_mapping([name for name, kind in get_patch_mapping().items() if "_effvlm_scans" in vars(kind)])
 
 
-def _mixers_of(model_type: str) -> list[Any]:
+def mixers_of(model_type: str) -> list[Any]:
     try:
         modeling = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
     except ImportError as error:
