@@ -8,8 +8,7 @@
 // Types      x, out f32 f16 bf16; weight, bias, state each of x's type or f32; f32 arithmetic, one rounding at the store
 //            (bf16 below the normal numbers may be stored as 0)
 // Edges      a sequence of no inputs leaves its state alone; D, B or L = 0 → no work; NaN reaches the W outputs that it is an
-// input
-//            of; cu_seqlens that do not ascend from 0 to L: the CPU raises, CUDA stays inside x (EFFVLM_DEBUG=1 raises)
+//            input of; cu_seqlens that do not ascend from 0 to L: the CPU raises, CUDA stays inside x (EFFVLM_DEBUG=1 raises)
 // Order      bias, then w = 0 … W−1, one fused multiply-add each; same result for any layout, split of L and thread count
 // Parallel   CPU: (sequence, channels) over threads, each from its first input to its state.  CUDA: thread per output, tiles of L
 //            in shared memory (L-contiguous) or channels side by side (D-contiguous); then thread per row of state
