@@ -9,7 +9,8 @@
 // Layout     any strides, 0 in everything but state; out contiguous. Fast: state contiguous along N, or along P with a decay that
 //            does not depend on p; what is expanded (one decay per head, per (h,n), one t per p) is computed once
 // Types      x, z, B, C, out f32 f16 bf16; state any of these; dt, A, D, dt_bias, beta each f32 or x's type; f32 arithmetic;
-//            state rounded once when stored (bf16 below the normal numbers may become 0), out from what was not rounded; e^y of |y| > 87 may be e^±87
+//            state rounded once when stored (bf16 below the normal numbers may become 0), out from what was not rounded; e^y of
+//            |y| > 87 may be e^±87
 // Edges      S, H or P = 0 → no work; N = 0: out = D·x·silu(z); NaN in a row of the state stays in its row and its out
 // Order      sums over n in vector lanes, then lanes pairwise; same result every run and for any thread count
 // Parallel   CPU: (sequence, head, 64 … 256 rows p) over threads, if the state is worth it.  CUDA: warp per row, block per eight
