@@ -17,12 +17,14 @@ namespace {
 constexpr int kLanes = kMoeBlock;
 
 #if defined(__AVX512F__)
-constexpr int kRows = 8, kTokens = 6, kFewSums = 24;  // few tokens: 24 sums at most, of one row and up to 6 tokens
+constexpr int kCachedRows = 4, kCachedTokens = 6;     // few tokens: 24 sums at most
 constexpr int kManyRows = 12, kBlocks = 2;            // many: 24 sums, 2 blocks, one weight
 #else
-constexpr int kRows = 4, kTokens = 4, kFewSums = 12;
+constexpr int kCachedRows = 4, kCachedTokens = 3;
 constexpr int kManyRows = 48 / kLanes * f32v::width / 4, kBlocks = 1;  // 12 sums
 #endif
+
+constexpr std::int64_t kCachedBytes = 1 << 17;  // of rows that stay in the second-level cache
 
 static_assert(kManyRows <= kMoeCopiedRows && kMoeTokens % (kBlocks * kLanes) == 0);
 
@@ -63,30 +65,47 @@ void copy_rows(const T* from, std::int64_t stride, std::int64_t stride_c, std::i
 
 // ---- few tokens ----
 
-// out[c·stride + r] = <rows[r], tokens[c]> + bias[r] for r < R rows and NR tokens. Rows pass by once, the next ones fetched
-// meanwhile.
-template <class T, int NR>
+// out[j·stride + r] = <rows[r], tokens[j]> + bias[r] for r < R rows and NR tokens, MR rows at a time.
+template <class T, int MR, int NR, int Chains>
 void product_of(const T* const* rows, std::int64_t R, const T* const* tokens, std::int64_t C, const float* bias, float* out,
                 std::int64_t stride) {
-  constexpr int MR = NR == 1 ? kRows : kFewSums / NR < 4 ? kFewSums / NR : 4;
   for (std::int64_t r = 0; r < R; r += MR) {
     float sums[MR * NR];
-    const T *row[MR], *next[MR];
-    for (int i = 0; i < MR; ++i) row[i] = rows[r + i < R ? r + i : R - 1], next[i] = rows[r + MR + i < R ? r + MR + i : R - 1];
-    dots<T, MR, NR, 1>(row, tokens, C, sums, NR > 1 && r + MR < R ? next : nullptr);
+    const T* row[MR];
+    for (int i = 0; i < MR; ++i) row[i] = rows[r + i < R ? r + i : R - 1];
+    dots<T, MR, NR, Chains>(row, tokens, C, sums);
     for (int j = 0; j < NR; ++j)
       for (int i = 0; i < MR && r + i < R; ++i) out[j * stride + r + i] = sums[j * MR + i] + bias[r + i];
   }
 }
 
-// The same for `count` tokens, at most kTokens of them together.
-template <class T, int NR = kTokens>
+// The same for `count` tokens and rows that are in the cache: several together, so that both are loaded less often.
+template <class T, int NR = kCachedTokens>
+void product_cached(const T* const* rows, std::int64_t R, const T* const* tokens, std::int64_t count, std::int64_t C,
+                    const float* bias, float* out, std::int64_t stride) {
+  if constexpr (NR > 1)
+    if (count < NR) return product_cached<T, NR - 1>(rows, R, tokens, count, C, bias, out, stride);
+  if (count == 0) return;
+  product_of<T, kCachedRows, NR, (NR == 1 ? 4 : NR <= kCachedTokens / 2 ? 2 : 1)>(rows, R, tokens, C, bias, out, stride);
+  product_cached<T>(rows, R, tokens + NR, count - NR, C, bias, out + NR * stride, stride);
+}
+
+// The same for rows in memory. They pass by one after the other for the first two tokens: memory delivers one long stream up to
+// twice as fast as several short rows at a time, whose starts the processor's prefetchers follow less well; and more tokens would
+// hold the stream up. The other tokens find a few rows in the cache.
+template <class T>
 void product_few(const T* const* rows, std::int64_t R, const T* const* tokens, std::int64_t count, std::int64_t C,
                  const float* bias, float* out, std::int64_t stride) {
-  if constexpr (NR > 1)
-    if (count < NR) return product_few<T, NR - 1>(rows, R, tokens, count, C, bias, out, stride);
-  product_of<T, NR>(rows, R, tokens, C, bias, out, stride);
-  if (count > NR) product_few<T>(rows, R, tokens + NR, count - NR, C, bias, out + NR * stride, stride);
+  const std::int64_t bytes = C * static_cast<std::int64_t>(sizeof(T)), some = count <= 2 ? R : kCachedBytes / (bytes + 1) + 8;
+  for (std::int64_t r = 0; r < R; r += some) {
+    const std::int64_t n = R - r < some ? R - r : some;
+    if (count == 1) {
+      product_of<T, 1, 1, 4>(rows + r, n, tokens, C, bias + r, out + r, stride);
+    } else {
+      product_of<T, 1, 2, 4>(rows + r, n, tokens, C, bias + r, out + r, stride);
+      product_cached<T>(rows + r, n, tokens + 2, count - 2, C, bias + r, out + r + 2 * stride, stride);
+    }
+  }
 }
 
 // ---- many tokens ----

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from effvlm.hf import experts, mixers
+from effvlm.hf import experts, linears, mixers
 from effvlm.hf.enable_report import EnableReport
 
 _before: WeakKeyDictionary[torch.nn.Module, tuple[list[Callable[[], None]], EnableReport]] = WeakKeyDictionary()
@@ -51,6 +51,7 @@ def enable(model: Any, free_original: bool = False) -> EnableReport:
     for name, module in model.named_modules():
         experts.consider(name, module, report, undo, tried, free_original)
         mixers.consider(name, module, report, undo)
+        linears.consider(name, module, report, undo)
     _before[model] = (undo, report)
     return report
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from types import MethodType
 from typing import Any
 
 import torch
 
 from effvlm.hf.enable_report import EnableReport
+from effvlm.hf.instances import replace_forward
 from effvlm.hf.rebind import forward_with_ours, scans_of
 
 _OPS = {
@@ -35,14 +35,11 @@ def consider(name: str, module: Any, report: EnableReport, undo: list[Callable[[
     found = scans_of(kind)
     if not found:
         return
-    # accelerate keeps the forward that its hooks call under this name, and has one of its own in the instance.
-    place = "_old_forward" if "_old_forward" in vars(module) else "forward"
-    if place == "forward" and "forward" in vars(module):
+    back = replace_forward(module, forward_with_ours(kind))
+    if back is None:
         report.fallbacks[name] = f"{kind.__name__}: something else has replaced the forward of this instance"
         return
-    before = vars(module).get(place)
-    setattr(module, place, MethodType(forward_with_ours(kind), module))
-    undo.append(lambda: delattr(module, place) if before is None else setattr(module, place, before))
+    undo.append(back)
     report.modules[name] = _ops(found)
 
 

@@ -29,11 +29,9 @@ struct DotLanes<bf16> {  // two products a lane: exact products, f32 sums, subno
 #endif
 
 // out[j*MR + i] = <a[i], b[j]> over C contiguous elements, for MR × NR pairs held in registers (and NR of b, one of a). Chains
-// interleaves that many partial sums per pair, to cover the latency of the multiply-add where MR·NR alone does not. `next`, where
-// not null, are rows that will be wanted next, and then no more: memory fetches them past the caches' store of what is used
-// again.
+// interleaves that many partial sums per pair, to cover the latency of the multiply-add where MR·NR alone does not.
 template <class T, int MR, int NR, int Chains>
-inline void dots(const T* const* a, const T* const* b, std::int64_t C, float* out, const T* const* next = nullptr) {
+inline void dots(const T* const* a, const T* const* b, std::int64_t C, float* out) {
   using Lanes = DotLanes<T>;
   constexpr int W = Lanes::width;
   f32v sum[MR][NR][Chains];
@@ -50,11 +48,7 @@ inline void dots(const T* const* a, const T* const* b, std::int64_t C, float* ou
   };
   std::int64_t c = 0;
   for (; c + Chains * W <= C; c += Chains * W)
-    for (int k = 0; k < Chains; ++k) {
-      if (next)
-        for (int i = 0; i < MR; ++i) __builtin_prefetch(next[i] + c + k * W, 0, 0);
-      step(k, [&](const T* p) { return Lanes::take(p + c + k * W); });
-    }
+    for (int k = 0; k < Chains; ++k) step(k, [&](const T* p) { return Lanes::take(p + c + k * W); });
   for (; c + W <= C; c += W) step(0, [&](const T* p) { return Lanes::take(p + c); });
   if (c < C) step(0, [&](const T* p) { return Lanes::take(p + c, static_cast<int>(C - c)); });
 #pragma GCC unroll 32  // or the sums would have to leave their registers to be indexed
