@@ -16,6 +16,39 @@ using namespace effvlm;
 
 namespace {
 
+py::object owned(PyObject* made) {
+  if (!made) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(made);
+}
+
+// The arguments with a Raw (bindings.h) in place of each tensor, and their kinds, hashable: of tensors all but the address, of
+// others type and value. `codes` of dtypes; −1 for others, which no op takes. Here because a decode step passes ten tensors, and
+// the interpreter takes twice as long to ask each its five questions.
+py::tuple describe(const py::sequence& args, const py::type& tensor, const py::dict& codes) {
+  static PyObject *const address = PyUnicode_InternFromString("data_ptr"), *const shape = PyUnicode_InternFromString("shape"),
+                         *const stride = PyUnicode_InternFromString("stride"), *const dtype = PyUnicode_InternFromString("dtype"),
+                         *const device = PyUnicode_InternFromString("get_device");
+  const std::size_t count = py::len(args);
+  py::list raws(count);
+  py::tuple kinds(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    const py::object x = args[i];
+    if (!PyObject_TypeCheck(x.ptr(), reinterpret_cast<PyTypeObject*>(tensor.ptr()))) {
+      raws[i] = x;
+      kinds[i] = py::make_tuple(py::type::of(x), py::isinstance<py::list>(x) ? py::tuple(x) : x);
+      continue;
+    }
+    const auto call = [&](PyObject* method) { return owned(PyObject_CallMethodNoArgs(x.ptr(), method)); };
+    const auto read = [&](PyObject* attribute) { return owned(PyObject_GetAttr(x.ptr(), attribute)); };
+    PyObject* const known = PyDict_GetItemWithError(codes.ptr(), read(dtype).ptr());
+    const py::object code = known ? py::reinterpret_borrow<py::object>(known) : py::int_(-1);
+    const py::object all[] = {call(address), read(shape), call(stride), code, call(device)};
+    raws[i] = owned(PyTuple_Pack(5, all[0].ptr(), all[1].ptr(), all[2].ptr(), all[3].ptr(), all[4].ptr()));
+    kinds[i] = owned(PyTuple_Pack(4, all[1].ptr(), all[2].ptr(), all[3].ptr(), all[4].ptr()));
+  }
+  return py::make_tuple(raws, kinds);
+}
+
 MoeFfnArgs moe_args(const Raw& x_raw, const Raw& ids_raw, const Raw& weight_raw, const Raw& up_raw, const Optional& up_bias_raw,
                     const Raw& down_raw, const Optional& down_bias_raw, const std::string& act, bool gated, bool interleaved,
                     double alpha, double limit, double offset, const Place& place) {
@@ -213,6 +246,7 @@ PYBIND11_MODULE(_core, m) {
   m.attr("cuda_version") = "";
   m.attr("cuda_archs") = "";
 #endif
+  m.def("describe", &describe);
   m.def("grouped_linear_workspace", &linear_workspace);
   m.def("grouped_linear", &linear);
   m.def("moe_ffn_workspace", &moe_workspace);

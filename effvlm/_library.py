@@ -108,8 +108,14 @@ def say_once(key: str, text: str) -> None:
         warnings.warn(text, stacklevel=3)
 
 
-def _view(x: torch.Tensor | None) -> tuple[int, tuple[int, ...], tuple[int, ...], int, int] | None:
-    return None if x is None else (x.data_ptr(), x.shape, x.stride(), _DTYPE_CODE[x.dtype], x.get_device())  # -1: the CPU
+def views(args: Sequence[Any]) -> list[Any]:
+    """The arguments, with (address, shape, strides, dtype code, device or −1 for the CPU) in place of each tensor."""
+    return _described(args)[0]
+
+
+def _described(args: Sequence[Any]) -> tuple[list[Any], tuple[Any, ...]]:
+    """The arguments as :func:`views`, and all of them but the addresses."""
+    return _core.describe(args, torch.Tensor, _DTYPE_CODE)
 
 
 def _place(device: torch.device) -> tuple[int, int, int]:
@@ -120,7 +126,8 @@ def _place(device: torch.device) -> tuple[int, int, int]:
 
 
 def _run(op: Op, *args: Any) -> Tensors:
-    op.check(*args)
+    given, kinds = _described(args)
+    _check(op, args, kinds)
     if _backend == "reference":
         return _refer(op, args)
     outputs = op.allocate(*args)
@@ -131,15 +138,32 @@ def _run(op: Op, *args: Any) -> Tensors:
             f"{op.name}: got tensors on {device}, but this effvlm was built without CUDA; "
             "reinstall it with nvcc on PATH (EFFVLM_CUDA=ON), or run with EFFVLM_BACKEND=reference"
         )
-    views = [_view(a) if isinstance(a, torch.Tensor) else a for a in args]
     place = _place(device)
-    scratch: tuple[Any, ...] = ()
+    scratch: Tensors = ()
     if op.needs_workspace:
-        size = getattr(core, f"{op.name}_workspace")(*views, place)
+        size = getattr(core, f"{op.name}_workspace")(*given, place)
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        scratch = (_view(workspace),)
-    getattr(core, op.name)(*views, *map(_view, outputs), *scratch, place)
+        scratch = (workspace,)
+    getattr(core, op.name)(*given, *views(outputs + scratch), place)
     return outputs
+
+
+_passed: set[tuple[Any, ...]] = set()
+_MOST_PASSED = 4096  # kinds of calls that are remembered
+
+
+def _check(op: Op, args: Sequence[Any], kinds: tuple[Any, ...]) -> None:
+    """``op.check``, unless it has passed for tensors of these shapes, strides, dtypes and devices and for these numbers."""
+    key = (op.name, kinds)
+    try:
+        if key in _passed and not DEBUG:
+            return
+    except TypeError:  # something unhashable, which no op takes
+        return op.check(*args)
+    op.check(*args)
+    if len(_passed) == _MOST_PASSED:
+        _passed.clear()
+    _passed.add(key)
 
 
 def _refer(op: Op, args: Sequence[Any]) -> Tensors:
@@ -155,7 +179,7 @@ def _refer(op: Op, args: Sequence[Any]) -> Tensors:
 
 def call_host(name: str, *args: Any) -> Any:
     """``effvlm._core.<name>(*args, threads)`` on host tensors: what is not an op, because its results' sizes depend on values."""
-    return getattr(_core, name)(*(_view(a) if isinstance(a, torch.Tensor) else a for a in args), torch.get_num_threads())
+    return getattr(_core, name)(*views(args), torch.get_num_threads())
 
 
 def register(
@@ -167,6 +191,7 @@ def register(
     reference: Callable[..., Tensors],
     differentiable: Callable[..., Tensors] | None = None,
     needs_workspace: bool = True,
+    check_values: Callable[..., None] | None = None,
 ) -> Callable[..., Tensors]:
     """Define ``torch.ops.effvlm.<name>`` and return the function that calls it.
 
@@ -174,7 +199,8 @@ def register(
         name: the op's identifier, the same at every layer.
         schema: arguments and returns as ``torch.library`` writes them, for instance ``"(Tensor x, int r) -> (Tensor, Tensor)"``;
             ``Tensor(a!) state`` is written in place.
-        check: raises ``ValueError`` or ``TypeError`` on arguments the op does not take; called for fake and real tensors.
+        check: raises ``ValueError`` or ``TypeError`` on arguments the op does not take; called for fake and real tensors. It goes by
+            shapes, strides, dtypes, devices and plain arguments (with EFFVLM_DEBUG by values too): what passed is not asked again.
         allocate: makes the (empty) outputs; called for fake and real tensors.
         reference: the op in plain PyTorch, obviously right; also what gives the gradients. Of an op that writes in place it
             returns the new values (of the arguments that are not None) after the outputs.
@@ -209,6 +235,8 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, t
 
 def _is_eager(args: Sequence[Any]) -> bool:
     """Whether nobody but the kernel wants to see this call: no autograd, no tracing, no mode, no subclass of tensors."""
+    if not isinstance(args[0], torch.Tensor):
+        return True  # for the sentence that check has, instead of torch's on schemas
     if (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()

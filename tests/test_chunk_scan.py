@@ -255,8 +255,16 @@ def test_compiles_in_one_graph() -> None:
 def test_workspace_does_not_grow_with_length() -> None:
     def workspace(L: int, **options: Any) -> int:
         args = _inputs(L, K=128, V=64, **options)
-        views = [_library._view(a) if isinstance(a, torch.Tensor) else a for a in args]
-        return int(_core.chunk_scan_workspace(*views, (-1, 0, 2)))
+        return int(_core.chunk_scan_workspace(*_library.views(args), (-1, 0, 2)))
 
     for options in KINDS.values():
         assert workspace(64, **options) == workspace(4096, **options) < 2 * 2**20
+
+
+@pytest.mark.parametrize("bounds", [(1, 8), (0, 7), (0, 5, 4, 8), (0, -3, 8), (0, 9, 8)])
+def test_bounds_that_do_not_ascend_are_refused(bounds: tuple[int, ...]) -> None:
+    q, v, decay = torch.randn(1, 8, 1, 16), torch.randn(1, 8, 1, 16), -torch.rand(1, 8, 1)
+    good = torch.tensor((0, *(8 for _ in bounds[1:])), dtype=torch.int32)
+    effvlm.chunk_scan(q, q, v, decay, cu_seqlens=good)  # that calls of this kind have passed says nothing of values
+    with pytest.raises((ValueError, RuntimeError), match="expected cu_seqlens to ascend from 0 to L = 8"):
+        effvlm.chunk_scan(q, q, v, decay, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))

@@ -103,3 +103,24 @@ def test_cuda_tensors_without_cuda_say_what_to_do(monkeypatch: pytest.MonkeyPatc
 
 class _Cuda:
     device = torch.device("cuda", 0)
+
+
+def test_a_call_is_checked_once_per_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has passed passes again; anything but other addresses and values is looked at."""
+    passed: set = set()
+    monkeypatch.setattr(_library, "_passed", passed)
+    monkeypatch.setattr(_library, "_MOST_PASSED", 2)
+    x = torch.randn(1, 6, 4)
+    with torch.no_grad():
+        for _ in range(2):
+            effvlm.token_match(x, 1)
+        assert len(passed) == 1
+        for wrong, kind in ((x.double(), TypeError), (x[0], ValueError), (x.numpy(), TypeError), ([1], TypeError)):
+            with pytest.raises(kind, match="token_match: expected x"):
+                effvlm.token_match(wrong, 1)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="expected 0 <= r"):
+            effvlm.token_match(x, 4)
+        assert len(passed) == 1
+        effvlm.token_match(x, 2)
+        effvlm.token_match(x.mT, 2)  # the third kind is over the limit
+        assert len(passed) == 1

@@ -197,7 +197,7 @@ def test_memory_of_a_thread_is_bounded() -> None:
 
     def extra(L: int, N: int, K: int, paths: list[int] | None) -> int:
         shapes = ((1, 5120, L), (1, K, 5120, L), (K, 5120, N), (1, K, N, L), (1, K, N, L))
-        views = [_library._view(torch.zeros(1).expand(shape)) for shape in shapes]
+        views = _library.views([torch.zeros(1).expand(shape) for shape in shapes])
         return _core.selective_scan_workspace(*views, None, None, None, None, None, True, paths, place) // 2
 
     assert extra(10**6, 16, 1, None) == extra(100, 16, 1, None) < 1 << 16

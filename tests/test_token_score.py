@@ -94,7 +94,7 @@ def test_workspace_stays_small() -> None:
     from effvlm import _core, _library
 
     tensors = (torch.empty(1, 32, 2944, 128, dtype=torch.bfloat16),) * 2 + (torch.empty(1, 32, 2944),)
-    assert _core.token_score_workspace(*map(_library._view, tensors), None, None, True, 0.1, "mean", (-1, 0, 2)) < 2**20
+    assert _core.token_score_workspace(*_library.views(tensors), None, None, True, 0.1, "mean", (-1, 0, 2)) < 2**20
 
 
 def test_gradients_come_from_the_reference() -> None:

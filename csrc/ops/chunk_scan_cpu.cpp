@@ -30,9 +30,19 @@ i64 heads_together(const ChunkScanArgs& a) {
   return most < 1 ? 1 : most < group ? most : group;
 }
 
+void check_bounds(const ChunkScanArgs& a) {
+  for (i64 s = 0; s <= a.S; ++s) {
+    const i64 bound = a.cu_seqlens[s], before = s ? a.cu_seqlens[s - 1] : 0;
+    if (bound < before || (s == 0 && bound != 0) || (s == a.S && bound != a.L))
+      fail("chunk_scan: expected cu_seqlens to ascend from 0 to L = %lld, got %lld at %lld", static_cast<long long>(a.L),
+           static_cast<long long>(bound), static_cast<long long>(s));
+  }
+}
+
 }  // namespace
 
 void chunk_scan_cpu(const ChunkScanArgs& a) {
+  if (a.cu_seqlens) check_bounds(a);
   if (a.S * a.H == 0) return;
   const bool delta = a.beta || a.per_channel;
   const i64 group = a.H / a.G, together = delta ? 1 : heads_together(a), parts = (group + together - 1) / together;

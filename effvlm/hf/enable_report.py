@@ -19,7 +19,7 @@ class EnableReport:
 
     def __str__(self) -> str:
         if not self.modules and not self.fallbacks:
-            return "effvlm.enable: this model has neither routed experts nor Mamba-like mixers; nothing to do"
+            return "effvlm.enable: this model has no routed experts, Mamba-like mixers or large linear layers on the CPU; nothing to do"
         lines = [f"effvlm.enable: {len(self.modules)} modules run effvlm kernels, {len(self.fallbacks)} do not"]
         for sign, found in (("+", self.modules), ("-", self.fallbacks)):
             for what in dict.fromkeys(found.values()):
