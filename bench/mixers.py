@@ -1,8 +1,8 @@
 """Whole models with Mamba-like mixers, and how time and memory grow with the sequence.
 
-    python bench/mixers.py models [--rounds 3] [--save]    prefill of 1,024 tokens and 64 steps, transformers against
-    effvlm.enable python bench/mixers.py length [--save]                 one layer up to 103k tokens: attention against its
-    converted form
+    python bench/mixers.py models [--rounds 3] [--save]    prefill of 1,024 tokens and 64 steps: transformers, effvlm.enable
+    python bench/mixers.py layers [--rounds 3] [--save]    the functions of single layers, the same two
+    python bench/mixers.py length [--save]                 one layer up to 103k tokens: attention against its converted form
 
 Random weights in bfloat16: times do not depend on them. One JSON line per row; --save appends them to bench/results/mixers.jsonl.
 """

@@ -115,7 +115,8 @@ def views(args: Sequence[Any]) -> list[Any]:
 
 def _described(args: Sequence[Any]) -> tuple[list[Any], tuple[Any, ...]]:
     """The arguments as :func:`views`, and all of them but the addresses."""
-    return _core.describe(args, torch.Tensor, _DTYPE_CODE)
+    given, kinds = _core.describe(args, torch.Tensor, _DTYPE_CODE)
+    return given, kinds
 
 
 def _place(device: torch.device) -> tuple[int, int, int]:
@@ -199,8 +200,9 @@ def register(
         name: the op's identifier, the same at every layer.
         schema: arguments and returns as ``torch.library`` writes them, for instance ``"(Tensor x, int r) -> (Tensor, Tensor)"``;
             ``Tensor(a!) state`` is written in place.
-        check: raises ``ValueError`` or ``TypeError`` on arguments the op does not take; called for fake and real tensors. It goes by
-            shapes, strides, dtypes, devices and plain arguments (with EFFVLM_DEBUG by values too): what passed is not asked again.
+        check: raises ``ValueError`` or ``TypeError`` on arguments the op does not take; called for fake and real tensors. It
+            goes by shapes, strides, dtypes, devices and plain arguments, and what has passed is not asked again (but with
+            EFFVLM_DEBUG, where it may look at values).
         allocate: makes the (empty) outputs; called for fake and real tensors.
         reference: the op in plain PyTorch, obviously right; also what gives the gradients. Of an op that writes in place it
             returns the new values (of the arguments that are not None) after the outputs.

@@ -2,22 +2,19 @@
 //
 // Math       out[t,:] = weight[e] · x[t,:] + bias[e],  e = ids[t]
 // Shapes     x (T,C) · ids (T) i64 · weight (E,O,C) · bias (E,O) or absent → out (T,O)
-// Layout     any strides; weights with contiguous C or contiguous O are read in place, others through a packed copy of a few
-// rows;
+// Layout     any strides; weights with contiguous C or contiguous O are read in place, others through a copy of a few rows;
 //            out contiguous
 // Types      x, weight, bias, out all f32, f16 or bf16; sums in f32; one rounding at the store
-// Edges      ids −1 and E: the row of out is zeros; other ids outside 0 … E−1: the CPU raises, CUDA writes zeros; C = 0: the
-// bias;
-//            T, E or O = 0: no work, or zeros; NaN stays in its token
+// Edges      ids −1 and E: the row of out is zeros; other ids outside 0 … E−1: the CPU raises, CUDA writes zeros; C = 0:
+//            the bias; T, E or O = 0: no work, or zeros; NaN stays in its token
 // Order      sums over C as in moe_ffn's products; same bits for any thread count; no atomics
 // Parallel   CPU: (expert, rows of its weight) over threads.  CUDA: a sort when there are over 1,024 tokens, then a warp per
 //            (expert, column)
 // Cost       reads each needed layer once, O·C·e bytes; 2·T·O·C flops; extra memory 4·T·C bytes or less for packed tokens, and
 //            as moe_ffn per thread (CPU); none (CUDA)
 // Why so     the products of moe_ffn, whose tokens are already in rows: no gather, no gate, no sum over choices
-// Not for    one layer for all (a plain GEMM); several weighted choices per token (moe_ffn with act identity); many tokens on
-// CUDA
-//            (no tensor cores)
+// Not for    many tokens of one layer (a plain GEMM; few are at the speed of memory here); several weighted choices per token
+//            (moe_ffn with act identity); many tokens on CUDA (no tensor cores)
 #pragma once
 #include "ops/moe_ffn.h"
 

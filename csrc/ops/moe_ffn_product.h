@@ -17,8 +17,8 @@ namespace {
 constexpr int kLanes = kMoeBlock;
 
 #if defined(__AVX512F__)
-constexpr int kCachedRows = 4, kCachedTokens = 6;     // few tokens: 24 sums at most
-constexpr int kManyRows = 12, kBlocks = 2;            // many: 24 sums, 2 blocks, one weight
+constexpr int kCachedRows = 4, kCachedTokens = 6;  // few tokens: 24 sums at most
+constexpr int kManyRows = 12, kBlocks = 2;         // many: 24 sums, 2 blocks, one weight
 #else
 constexpr int kCachedRows = 4, kCachedTokens = 3;
 constexpr int kManyRows = 48 / kLanes * f32v::width / 4, kBlocks = 1;  // 12 sums

@@ -1,11 +1,10 @@
 // token_score — how much attention each key receives: column sums of attention that is never stored
 //
-// Math       p[b,h,i,j] = exp(scale·<query[b,h,i], key[b,g,j]> − lse[b,h,i]), g = h / (H/G), for the keys j that row i sees, else
-// 0;
-//            c[b,h,j] = Σ_i weight[b,i]·p[b,h,i,j];   out = mean, sum or maximum of c over heads, or c itself
-// Shapes     query (B,H,L,D) · key (B,G,S,D), H a multiple of G · lse (B,H,L) f32 or absent (of the visible keys, by a pass of
-// its
-//            own: rows are softmax) · weight (B,L) f32 or absent (1) · start (T+1) i32 or absent → out (B,S) or (B,H,S) f32
+// Math       p[b,h,i,j] = exp(scale·<query[b,h,i], key[b,g,j]> − lse[b,h,i]), g = h / (H/G), for the keys j that row i sees,
+//            else 0;   c[b,h,j] = Σ_i weight[b,i]·p[b,h,i,j];   out = mean, sum or maximum of c over heads, or c itself
+// Shapes     query (B,H,L,D) · key (B,G,S,D), H a multiple of G · lse (B,H,L) f32 or absent (of the visible keys, by a
+//            pass of its own: rows are softmax) · weight (B,L) f32 or absent (1) · start (T+1) i32 or absent
+//            → out (B,S) or (B,H,S) f32
 //            start: packed sequences, L = S; rows start[t] … start[t+1]−1 see the keys of these places
 //            causal: row i sees the keys up to i + S − L
 // Layout     any strides of inputs; out contiguous

@@ -20,8 +20,7 @@
 // Cost       top and top_p: CPU up to 32 passes over n keys in the cache, CUDA 4; iqr twice to four times that; extra memory on
 //            the CPU 4·N bytes, 12·N for top_p
 // Why so     each rule comes down to one key (the bits of a float, in its order) and how many of those equal to it are kept,
-// found
-//            by a radix select that counts tokens or adds up their scores: no sort anywhere
+//            found by a radix select that counts tokens or adds up their scores: no sort anywhere
 // Not for    one segment of millions on CUDA: a single block reads it
 #pragma once
 #include <cstdint>

@@ -4,12 +4,10 @@
 // Shapes     a, b (N,C) → out (N,) f32
 // Layout     any strides, and a and b may be views of one storage (x[P:] and x[:−P] of frames of P patches); out contiguous; rows
 //            with contiguous channels are read in place, others 256 channels of 8 rows at a time
-// Types      a, b f32 f16 bf16, the same; products and sums in f32 (bf16 by dot instructions, which flush subnormals, if any),
-// the
-//            quotient in f64 of these, so that equal rows give 1 exactly
-// Edges      C = 0 → 0; N = 0 → no work; NaN or Inf in a row, or a squared norm beyond f32 → NaN for that row alone; squares
-// below
-//            the least f32 count as 0
+// Types      a, b f32 f16 bf16, the same; products and sums in f32 (bf16 by dot instructions, which flush subnormals, if any);
+//            their quotient in f64, so that equal rows give 1 exactly
+// Edges      C = 0 → 0; N = 0 → no work; NaN or Inf in a row, or a squared norm beyond f32 → NaN for that row alone;
+//            squares below the least f32 count as 0
 // Order      of additions: fixed by C alone: same result for any strides and thread count; levels and devices agree within
 //            `reduction`
 // Parallel   CPU: blocks of rows over threads, SIMD over C.  CUDA: warp per row, lane per 16-byte pack of channels

@@ -1,4 +1,4 @@
-"""``effvlm.enable``: a Hugging Face model's experts and mixers on our kernels, and back."""
+"""``effvlm.enable``: a Hugging Face model's experts, mixers and linear layers on our kernels, and back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _before: WeakKeyDictionary[torch.nn.Module, tuple[list[Callable[[], None]], Enab
 
 
 def enable(model: Any, free_original: bool = False) -> EnableReport:
-    """Run a model's routed experts and Mamba-like mixers on effvlm's kernels: same outputs, within rounding.
+    """Run a model's experts, Mamba-like mixers and, on a CPU, linear layers on effvlm's kernels: same outputs, within rounding.
 
     ::
 
@@ -24,6 +24,8 @@ def enable(model: Any, free_original: bool = False) -> EnableReport:
 
     Works with ``generate()``, batches, caches, ``torch.compile`` and saving. What our kernels do not take (a dtype, a device)
     runs transformers' own functions, and so do the experts of a model in training, which is said once; scans have gradients.
+    Linear layers of 2¹⁸ weights or more that are on the CPU run our kernel for up to 16 tokens at a time, as in decoding, and
+    torch's for more.
     Other models are not affected, of the same family neither, unless they share their config. Undone by :func:`disable`.
 
     Args:

@@ -11,7 +11,7 @@ class EnableReport:
 
     Attributes:
         modules: name of each module that now runs our kernels → which, and how.
-        fallbacks: name of each module that computes experts or scans and does not → why.
+        fallbacks: name of each module that could and does not → why.
     """
 
     modules: dict[str, str] = field(default_factory=dict)
@@ -19,7 +19,8 @@ class EnableReport:
 
     def __str__(self) -> str:
         if not self.modules and not self.fallbacks:
-            return "effvlm.enable: this model has no routed experts, Mamba-like mixers or large linear layers on the CPU; nothing to do"
+            nothing = "no routed experts, Mamba-like mixers or large linear layers on the CPU"
+            return f"effvlm.enable: this model has {nothing}; nothing to do"
         lines = [f"effvlm.enable: {len(self.modules)} modules run effvlm kernels, {len(self.fallbacks)} do not"]
         for sign, found in (("+", self.modules), ("-", self.fallbacks)):
             for what in dict.fromkeys(found.values()):

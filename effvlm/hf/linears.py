@@ -1,7 +1,7 @@
 """Plain linear layers at few tokens, through :func:`effvlm.grouped_linear` with one layer.
 
-A step of decoding reads every weight once and does little with it, so that it can run at the speed of memory. torch's product of a
-bfloat16 matrix with a vector gets about half of that on a CPU, and its float16 and float32 products with a few vectors less.
+A step of decoding reads every weight once and does little with it, so that it can run at the speed of memory. On a CPU, torch's
+product of a bfloat16 matrix with a vector gets about half of that, and its float16 and float32 products with a few vectors less.
 """
 
 from __future__ import annotations
