@@ -1,4 +1,4 @@
-"""Whole models with Mamba-like mixers, and how time and memory grow with the sequence.
+"""Whole models, most with Mamba-like mixers, and how time and memory grow with the sequence.
 
     python bench/mixers.py models [--rounds 3] [--save]    prefill of 1,024 tokens and 64 steps: transformers, effvlm.enable
     python bench/mixers.py layers [--rounds 3] [--save]    the functions of single layers, the same two
@@ -73,6 +73,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "linear_key_head_dim": 128,
         "linear_value_head_dim": 128,
     },
+    # As Qwen2.5-0.5B, which LLaVA-OneVision-0.5B speaks with: no mixers, linear layers alone.
+    "qwen2": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
 }
 
 
@@ -124,7 +134,8 @@ def models(rounds: int) -> list[Row]:
                 "what": "model",
                 "model": name,
                 "parameters": sum(p.numel() for p in model.parameters()),
-                "mixers": len(report.modules),
+                "mixers": sum(not what.startswith("grouped_linear for") for what in report.modules.values()),
+                "linears": sum(what.startswith("grouped_linear for") for what in report.modules.values()),
                 "prefill_s": prefill,
                 "step_s": step,
                 "prefill_ratio": prefill["transformers"] / prefill["effvlm"],
