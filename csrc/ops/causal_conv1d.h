@@ -6,7 +6,7 @@
 //            → out (B,D,L). 2 ≤ W ≤ 16. S = B; with cu_seqlens B = 1 and sequence s is x[0,:,cu_seqlens[s] … cu_seqlens[s+1]−1]
 // Layout     any strides; out is dense, D-contiguous where x is, else L-contiguous; vectors along whichever is contiguous
 // Types      x, out f32 f16 bf16; weight, bias, state each of x's type or f32; f32 arithmetic, one rounding at the store
-//            (bf16 below the normal numbers may be stored as 0)
+//            (bf16: SiLU may be off by 2^-13 before it, and what is below the normal numbers may be stored as 0)
 // Edges      a sequence of no inputs leaves its state alone; D, B or L = 0 → no work; NaN reaches the W outputs that it is an
 //            input of; cu_seqlens that do not ascend from 0 to L: the CPU raises, CUDA stays inside x (EFFVLM_DEBUG=1 raises)
 // Order      bias, then w = 0 … W−1, one fused multiply-add each; same result for any layout, split of L and thread count

@@ -103,9 +103,9 @@ void write_state(const CausalConv1dArgs& a, i64 s, i64 d, i64 rows) {
   write_state<T, T>(a, s, d, rows);
 }
 
-template <bool kSilu>
+template <class T, bool kSilu>
 f32v activate(f32v y) {
-  if constexpr (kSilu) return silu_short(y);
+  if constexpr (kSilu) return silu_for<T>(y);
   return y;
 }
 
@@ -131,7 +131,7 @@ void along_channels(const CausalConv1dArgs& a, i64 s, i64 d, i64 rows) {
       store(newest + c, last);
       f32v y = load(bias + c);
       for (i64 w = 0; w < W - 1; ++w) y = fma(load(weights + w * kBlock + c), load(input[w] + c), y);
-      return activate<kSilu>(fma(load(weights + (W - 1) * kBlock + c), last, y));
+      return activate<T, kSilu>(fma(load(weights + (W - 1) * kBlock + c), last, y));
     };
     const T* ahead = t + kAhead < end ? from + kAhead * a.x_stride_l : from;
     for (i64 c = 0; c < rows; c += kLine<T>) __builtin_prefetch(ahead + c);
@@ -170,7 +170,7 @@ void along_inputs(const CausalConv1dArgs& a, i64 s, i64 d) {
     const auto sum = [&](i64 i) {
       f32v y = first;
       for (i64 w = 0; w < W; ++w) y = fma(weights[w], load(now + i + w - (W - 1)), y);
-      return activate<kSilu>(y);
+      return activate<T, kSilu>(y);
     };
     for_lanes(
         n, [&](i64 i) { store_short(out + t + i, sum(i)); }, [&](i64 i, int tail) { store_short(out + t + i, sum(i), tail); });

@@ -109,7 +109,10 @@ class Scanner {
     float* z = base + at_.scratch;
     if (a.z.data) {
       read(a.z, b, 0, c, l, 1, steps, lanes(c), z, kLanes);
-      for (i64 i = 0; i < steps * kLanes; i += kLanes) store(rows + i, load(rows + i) * silu_short(load(z + i)));
+      by_float_dtype("selective_scan", a.out.dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        for (i64 i = 0; i < steps * kLanes; i += kLanes) store(rows + i, load(rows + i) * silu_for<T>(load(z + i)));
+      });
     }
     write(rows, a.out, b, 0, c, l, steps, lanes(c));
   }

@@ -24,6 +24,23 @@ inline f32v exp_short(f32v x) { return exp(x); }
 
 inline f32v silu_short(f32v x) { return x / (set1(1) + exp_short(set1(0) - x)); }
 
+// x·σ(x) for a result of type T. What is rounded to bf16 anyway needs no division and a shorter polynomial: it is right to 2^-13.
+template <class T>
+inline f32v silu_for(f32v x) {
+  return silu_short(x);
+}
+#if defined(__AVX512F__)
+template <>
+inline f32v silu_for<bf16>(f32v x) {
+  const f32v y = max(set1(-150), min(set1(129), x * set1(-1.44269504f)));  // e^−x = 2^y; −150 and 129 are 0 and ∞
+  const __m512 n = _mm512_roundscale_ps(y.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const f32v r = {_mm512_sub_ps(y.v, n)};
+  f32v p = set1(9.5701e-3f);
+  for (const float c : {5.591786e-2f, 2.4024745e-1f, 6.9312181e-1f, 1.0f}) p = fma(p, r, set1(c));  // 2^r to 2^-18, minimax
+  return x * f32v{_mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1), _mm512_scalef_ps(p.v, n)))};
+}
+#endif
+
 // store() for loops that the conversion bounds: bf16 in one instruction where there is one. It makes subnormal results 0.
 template <class T>
 inline void store_short(T* p, f32v x) {
