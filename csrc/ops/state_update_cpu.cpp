@@ -44,9 +44,10 @@ void state_update_cpu(const StateUpdateArgs& a) {
   by_float_dtype("state_update", a.state_dtype, [&](auto type) {
     using State = typename decltype(type)::type;
     parallel_for(a.S * a.H * blocks, 1, total < kWorthAThread ? 1 : a.threads, [&](i64 first, i64 last, int) {
+      Block b(a);
       for (i64 task = first; task < last; ++task) {
         const i64 p = task % blocks * size, head = task / blocks;
-        Block b(a, head / a.H, head % a.H, p, std::min(size, a.P - p), decay);
+        b.begin(head / a.H, head % a.H, p, std::min(size, a.P - p), decay);
         if (a.beta)
           update<State, true>(b, decay);
         else
