@@ -64,8 +64,8 @@ template <class Mac>
 void score_chunk(const ChunkScanArgs& a, int n, int words, const float* q, const DecayTiles& w) {
   for (int l = 0; l < n; l += kDecayBlock) {
     const int rows = n - l < kDecayBlock ? n - l : kDecayBlock;
-    tile_product_of<Mac, false, false>(rows, l + kDecayBlock, words, q + l * w.k_row, w.k_row, 1, w.k_turned, kDecaySteps,
-                                       w.scores + l * kDecaySteps, kDecaySteps);
+    tile_product_of<Mac, false>(FromZeros{}, rows, l + kDecayBlock, words, q + l * w.k_row, w.k_row, 1, w.k_turned, kDecaySteps,
+                                w.scores + l * kDecaySteps, kDecaySteps);
   }
   for (int l = 0; l < n; ++l) {
     w.q_scale[l] = a.scale * (a.l2norm ? inverse_norm(w.q + l * w.k_row, a.K) : 1);
@@ -189,13 +189,6 @@ bool load_values(const ChunkScanArgs& a, const Head& chunk, const DecayTiles& w)
   return reduce_add(nothing) == 0;
 }
 
-inline void scale_rows(int rows, i64 n, float* x, i64 stride, const float* factor, int factor_stride) {
-  for (int i = 0; i < rows; ++i, x += stride, factor += factor_stride)
-    for_lanes(
-        n, [&](i64 j) { store(x + j, set1(*factor) * load(x + j)); },
-        [&](i64 j, int left) { store(x + j, set1(*factor) * load(x + j, left), left); });
-}
-
 // out = diag(scale·exp a)·Q·S + M·V
 template <class T>
 void chunk_out(const ChunkScanArgs& a, int n, const float* S, const DecayTiles& w) {
@@ -206,15 +199,14 @@ void chunk_out(const ChunkScanArgs& a, int n, const float* S, const DecayTiles& 
 #if defined(__AVX512BF16__)
   if constexpr (kPairsOf<T>) {
     pair_rows(K, V, S, V, w.state_words, w.v_row);
-    tile_pairs<false>(n, V, (K + 1) / 2, w.q_words, w.k_row, 1, w.state_words, w.v_row, w.out, w.v_row);
-    scale_rows(n, V, w.out, w.v_row, since_start, 1);
+    tile_pairs(FromZeros{}, n, V, (K + 1) / 2, w.q_words, w.k_row, 1, w.state_words, w.v_row, w.out, w.v_row);
     pair_rows(n, V, w.v, w.v_row, w.v_words, w.v_row);
-    return tile_pairs_causal<true>(n, V, (n + 1) / 2, w.weights, kDecaySteps / 2, 1, w.v_words, w.v_row, w.out, w.v_row);
+    return tile_pairs_causal(FromScaled{since_start}, n, V, (n + 1) / 2, w.weights, kDecaySteps / 2, 1, w.v_words, w.v_row, w.out,
+                             w.v_row);
   }
 #endif
-  tile_product<false>(n, V, K, w.q, w.k_row, 1, S, V, w.out, w.v_row);
-  scale_rows(n, V, w.out, w.v_row, since_start, 1);
-  tile_product_causal<true>(n, V, n, w.weights, kDecaySteps, 1, w.v, w.v_row, w.out, w.v_row);
+  tile_product(FromZeros{}, n, V, K, w.q, w.k_row, 1, S, V, w.out, w.v_row);
+  tile_product_causal(FromScaled{since_start}, n, V, n, w.weights, kDecaySteps, 1, w.v, w.v_row, w.out, w.v_row);
 }
 
 template <class T>
@@ -232,9 +224,8 @@ void scan_chunk(const ChunkScanArgs& a, const Head& chunk, const DecayTiles& w) 
         V, [&](i64 j) { store(out + j, fma(skip, load(v + j), load(sum + j))); },
         [&](i64 j, int left) { store(out + j, fma(skip, load(v + j, left), load(sum + j, left)), left); });
   }
-  const float decay = exp1(static_cast<float>(w.sums[n]));
-  scale_rows(K, V, chunk.state, V, &decay, 0);
-  tile_product<true>(K, V, n, w.k, 1, w.k_row, w.write, w.v_row, chunk.state, V);
+  const FromAllScaled decayed{exp1(static_cast<float>(w.sums[n]))};
+  tile_product(decayed, K, V, n, w.k, 1, w.k_row, w.write, w.v_row, chunk.state, V);
 }
 
 // `heads` heads of one group, one sequence: the first is given, the states of the others follow.

@@ -16,8 +16,8 @@ inline void solve_panel(int n, const float* M, float* D) {
   constexpr int W = f32v::width;
   for (int first = 0; first < n; first += 4) {
     const int end = first + 4 < n ? first + 4 : n;
-    tile_product<true>(end - first, kPanel, first, M + first * kDeltaSteps, kDeltaSteps, 1, D, kPanel, D + first * kPanel,
-                       kPanel);
+    tile_product(FromSums{}, end - first, kPanel, first, M + first * kDeltaSteps, kDeltaSteps, 1, D, kPanel, D + first * kPanel,
+                 kPanel);
     for (int l = first + 1; l < end; ++l)
       for (int c = 0; c < kPanel; c += W) {
         f32v sum = load(D + l * kPanel + c);
@@ -59,11 +59,11 @@ void read_state(const DeltaTile& tile, int n, const float* S) {
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, bf16>) {
     pair_rows(static_cast<int>(tile.K), kPanel, S, kPanel, tile.state_words, kPanel);
-    return tile_pairs<false>(n, kPanel, static_cast<int>(tile.K + 1) / 2, tile.q_words, tile.row / 2, 1, tile.state_words, kPanel,
-                             tile.out, kPanel);
+    return tile_pairs(FromZeros{}, n, kPanel, static_cast<int>(tile.K + 1) / 2, tile.q_words, tile.row / 2, 1, tile.state_words,
+                      kPanel, tile.out, kPanel);
   }
 #endif
-  tile_product<false>(n, kPanel, static_cast<int>(tile.K), tile.q_in, tile.row, 1, S, kPanel, tile.out, kPanel);
+  tile_product(FromZeros{}, n, kPanel, static_cast<int>(tile.K), tile.q_in, tile.row, 1, S, kPanel, tile.out, kPanel);
 }
 
 // One panel of the state through one chunk: tile.v to tile.out.
@@ -74,15 +74,13 @@ void chunk_of_panel(const DeltaTile& tile, int n, float scale, float* S) {
   for (int l = 0; l < n; ++l)
     for (int c = l * kPanel; c < (l + 1) * kPanel; c += W) store(tile.D + c, set1(tile.strength[l]) * load(tile.v + c));
   if (kDelta) {
-    tile_product<true>(n, kPanel, K, tile.k_in, tile.row, 1, S, kPanel, tile.D, kPanel);
+    tile_product(FromSums{}, n, kPanel, K, tile.k_in, tile.row, 1, S, kPanel, tile.D, kPanel);
     solve_panel(n, tile.M, tile.D);
   }
   if (!all_finite(tile.D, n * kPanel)) return steps_of_panel<kPerChannel, kDelta>(tile, n, scale, S);
   read_state<T>(tile, n, S);
-  tile_product_causal<true>(n, kPanel, n, tile.P, kDeltaSteps, 1, tile.D, kPanel, tile.out, kPanel);
-  for (int i = 0; i < K; ++i)
-    for (int c = i * kPanel; c < (i + 1) * kPanel; c += W) store(S + c, set1(tile.total[i]) * load(S + c));
-  tile_product<true>(K, kPanel, n, tile.k_out, 1, tile.row, tile.D, kPanel, S, kPanel);
+  tile_product_causal(FromSums{}, n, kPanel, n, tile.P, kDeltaSteps, 1, tile.D, kPanel, tile.out, kPanel);
+  tile_product(FromScaled{tile.total}, K, kPanel, n, tile.k_out, 1, tile.row, tile.D, kPanel, S, kPanel);
 }
 
 template <class T, bool kPerChannel, bool kDelta>
