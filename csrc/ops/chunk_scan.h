@@ -5,7 +5,7 @@
 // Shapes     q, k (B,L,G,K) · v (B,L,H,V), H a multiple of G · log_decay d (B,L,H) or (B,L,H,K) · gain g, beta β (B,L,H) ·
 //            skip (H) · initial_state (S,H,K,V) · cu_seqlens (S+1) → out (B,L,H,V) · final_state (S,H,K,V)
 // Layout     any strides, zero included, for all inputs; outputs contiguous
-// Types      q, k, v, out f32 f16 bf16; all else f32; one rounding at the store of out
+// Types      q, k, v, out f32 f16 bf16; all else f32; one rounding at the store of out (bf16 below the normal numbers may be 0)
 // Edges      cu_seqlens: B = 1, sequence s is steps cu_seqlens[s] … [s+1), with a state of its own; else S = B. An empty sequence
 //            hands its initial state on. d = −∞ forgets all (exp is 0). Decays between two steps are products of decays or
 //            exponentials of sums in f64, never quotients: extreme ones stay right. NaN stays inside its head and, forwards, its

@@ -6,6 +6,7 @@
 // all of this while it is in the first cache. Chunks are this short because the work on S does not depend on their length, and
 // all else grows with it. Decays are only ever multiplied, never divided: no exponent can overflow, however extreme they are.
 #pragma once
+#include "core/cpu/exp_short.h"
 #include "ops/chunk_scan_delta_tile.h"
 
 namespace effvlm::EFFVLM_ISA {
@@ -108,7 +109,9 @@ void scan_panels(const ChunkScanArgs& a, const Head& head, float* scratch) {
         const float *o = tile.out + l * kPanel, *v = tile.v + l * kPanel;
         T* to = out + l * a.H * a.V + j;
         const auto value = [&](i64 c) { return skip != 0 ? fma(set1(skip), load(v + c), load(o + c)) : load(o + c); };
-        for_lanes(columns, [&](i64 c) { store(to + c, value(c)); }, [&](i64 c, int rest) { store(to + c, value(c), rest); });
+        for_lanes(
+            columns, [&](i64 c) { store_short(to + c, value(c)); },
+            [&](i64 c, int rest) { store_short(to + c, value(c), rest); });
       }
     }
   }

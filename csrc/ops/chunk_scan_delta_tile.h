@@ -58,16 +58,6 @@ void load_rows(const void* base, const i64* stride, i64 b, i64 t, i64 h, i64 fir
   }
 }
 
-// Asks for rows that the next chunk will load: heads lie side by side, so that the processor does not foresee a head's next row.
-// Inlined by force: GCC drops calls of functions that do nothing but prefetch.
-template <class T>
-[[gnu::always_inline]] inline void prefetch_rows(const void* base, const i64* stride, i64 b, i64 t, i64 h, i64 n, i64 count) {
-  const T* from = static_cast<const T*>(base) + b * stride[0] + t * stride[1] + h * stride[2];
-  if (stride[3] == 1)
-    for (i64 l = 0; l < n; ++l, from += stride[1])
-      for (i64 c = 0; c < count; c += 64 / static_cast<i64>(sizeof(T))) __builtin_prefetch(from + c);
-}
-
 // Steps t + from … t + to, as far as there are such.
 template <class T, bool kPerChannel>
 [[gnu::always_inline]] inline void prefetch_chunk(const ChunkScanArgs& a, const Head& head, i64 t, i64 from, i64 to) {
