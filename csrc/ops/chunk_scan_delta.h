@@ -84,46 +84,58 @@ void chunk_of_panel(const DeltaTile& tile, int n, float scale, float* S) {
   tile_product(FromScaled{tile.total}, K, kPanel, n, tile.k_out, 1, tile.row, tile.D, kPanel, S, kPanel);
 }
 
+// n steps from t on of one head, whose state is given; `first`: of those that share their q and k.
 template <class T, bool kPerChannel, bool kDelta>
-void scan_panels(const ChunkScanArgs& a, const Head& head, float* scratch) {
-  const DeltaTile tile(a, scratch);
+void chunk_of_head(const ChunkScanArgs& a, const Head& head, i64 t, int n, const DeltaTile& tile, float* state, bool first) {
   const float skip = a.skip ? a.skip[head.h * a.skip_stride] : 0;
-  tile.move_state<true>(a.V, head.state);
+  load_factors<T, kPerChannel>(a, head, t, n, tile);
+  decay_rows<T, kPerChannel>(tile, n, a.scale);
+  if (kPerChannel) {
+    score_channels(tile, n, a.scale);
+  } else {
+    score_steps(tile, n, a.scale);
+  }
+  T* out = static_cast<T*>(a.out) + ((head.b * a.L + t) * a.H + head.h) * a.V;
+  for (i64 j = 0; j < a.V; j += kPanel) {
+    const i64 columns = a.V - j < kPanel ? a.V - j : kPanel;
+    prefetch_chunk<T, kPerChannel>(a, head, t + kDeltaSteps, kDeltaSteps * j / a.V, kDeltaSteps * (j + columns) / a.V, first);
+    load_rows<T>(a.v, a.v_stride, head.b, t, head.h, j, n, columns, tile.v, kPanel);
+    chunk_of_panel<T, kPerChannel, kDelta>(tile, n, a.scale, state + j * a.K);
+    for (int l = 0; l < n; ++l) {
+      const float *o = tile.out + l * kPanel, *v = tile.v + l * kPanel;
+      T* to = out + l * a.H * a.V + j;
+      const auto value = [&](i64 c) { return skip != 0 ? fma(set1(skip), load(v + c), load(o + c)) : load(o + c); };
+      for_lanes(
+          columns, [&](i64 c) { store_short(to + c, value(c)); }, [&](i64 c, int rest) { store_short(to + c, value(c), rest); });
+    }
+  }
+}
+
+// `heads` heads of one group, one sequence: the first is given, the states of the others follow.
+template <class T, bool kPerChannel, bool kDelta>
+void scan_panels(const ChunkScanArgs& a, const Head& head, i64 heads, float* scratch) {
+  const DeltaTile tile(a, scratch);
+  const i64 inside = chunk_scan_delta_state(a), outside = a.K * a.V;
+  for (i64 i = 0; i < heads; ++i) tile.move_state<true>(a.V, head.state + i * outside, tile.states + i * inside);
   for (i64 t = head.first; t < head.first + head.count; t += kDeltaSteps) {
     const i64 left = head.first + head.count - t;
     const int n = static_cast<int>(left < kDeltaSteps ? left : kDeltaSteps);
-    load_chunk<T, kPerChannel>(a, head, t, n, tile);
-    decay_rows<T, kPerChannel>(tile, n, a.scale);
-    if (kPerChannel) {
-      score_channels(tile, n, a.scale);
-    } else {
-      score_steps(tile, n, a.scale);
-    }
-    T* out = static_cast<T*>(a.out) + ((head.b * a.L + t) * a.H + head.h) * a.V;
-    for (i64 j = 0; j < a.V; j += kPanel) {
-      const i64 columns = a.V - j < kPanel ? a.V - j : kPanel;
-      prefetch_chunk<T, kPerChannel>(a, head, t + kDeltaSteps, kDeltaSteps * j / a.V, kDeltaSteps * (j + columns) / a.V);
-      load_rows<T>(a.v, a.v_stride, head.b, t, head.h, j, n, columns, tile.v, kPanel);
-      chunk_of_panel<T, kPerChannel, kDelta>(tile, n, a.scale, tile.state + j * a.K);
-      for (int l = 0; l < n; ++l) {
-        const float *o = tile.out + l * kPanel, *v = tile.v + l * kPanel;
-        T* to = out + l * a.H * a.V + j;
-        const auto value = [&](i64 c) { return skip != 0 ? fma(set1(skip), load(v + c), load(o + c)) : load(o + c); };
-        for_lanes(
-            columns, [&](i64 c) { store_short(to + c, value(c)); },
-            [&](i64 c, int rest) { store_short(to + c, value(c), rest); });
-      }
+    load_shared<T>(a, head, t, n, tile);
+    if (!kPerChannel) multiply_steps(tile, n);
+    for (i64 i = 0; i < heads; ++i) {
+      const Head one{head.b, head.h + i, head.first, head.count, nullptr};
+      chunk_of_head<T, kPerChannel, kDelta>(a, one, t, n, tile, tile.states + i * inside, i == 0);
     }
   }
-  tile.move_state<false>(a.V, head.state);
+  for (i64 i = 0; i < heads; ++i) tile.move_state<false>(a.V, head.state + i * outside, tile.states + i * inside);
 }
 
 template <class T>
-void scan_delta(const ChunkScanArgs& a, const Head& head, float* scratch) {
+void scan_delta(const ChunkScanArgs& a, const Head& head, i64 heads, float* scratch) {
   if (a.per_channel) {
-    a.beta ? scan_panels<T, true, true>(a, head, scratch) : scan_panels<T, true, false>(a, head, scratch);
+    a.beta ? scan_panels<T, true, true>(a, head, heads, scratch) : scan_panels<T, true, false>(a, head, heads, scratch);
   } else {
-    scan_panels<T, false, true>(a, head, scratch);
+    scan_panels<T, false, true>(a, head, heads, scratch);
   }
 }
 
