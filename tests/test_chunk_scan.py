@@ -198,8 +198,16 @@ def test_nan_goes_forward_only(level: str) -> None:
         torch.testing.assert_close(out[:, :, 1], clean[:, :, 1], rtol=1e-4, atol=1e-4)
 
 
-def test_threads_and_groups_do_not_matter() -> None:
-    args = _inputs(70, torch.bfloat16, G=1, H=13, gain=True)
+KINDS = {
+    "decay": {"gain": True, "skip": True},
+    "delta": {"beta": True, "l2norm": True},
+    "channel": {"beta": True, "l2norm": True, "decay": "channel"},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_threads_and_groups_do_not_matter(kind: str) -> None:
+    args = _inputs(70, torch.bfloat16, G=1, H=13, initial=True, **KINDS[kind])
     runs = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -208,13 +216,6 @@ def test_threads_and_groups_do_not_matter() -> None:
     runs.append(SPEC.call(*alone))
     for run in runs[1:]:
         assert all(torch.equal(x, y) for x, y in zip(runs[0], run, strict=True))
-
-
-KINDS = {
-    "decay": {"gain": True, "skip": True},
-    "delta": {"beta": True, "l2norm": True},
-    "channel": {"beta": True, "l2norm": True, "decay": "channel"},
-}
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

@@ -31,9 +31,9 @@ def test_mamba_as_transformers_has_it(level: str) -> None:
 @pytest.mark.parametrize("G", [1, 2])
 def test_mamba2_as_transformers_has_it_all_expanded(level: str, G: int) -> None:
     step = pytest.importorskip("transformers.models.mamba2.modeling_mamba2").mamba2_selective_state_update
-    H, P, N = 6, 20, 32
-    state, x, z, B, C = _randn((3, H, P, N), (3, H, P), (3, H, P), (3, G, N), (3, G, N))
-    dt, D, bias = (torch.randn(*s, 1).expand(*s, P) for s in ((3, H), (H,), (H,)))
+    S, H, P, N = 9, 6, 20, 32  # more heads than parts of the work: a thread goes from sequence to sequence
+    state, x, z, B, C = _randn((S, H, P, N), (S, H, P), (S, H, P), (S, G, N), (S, G, N))
+    dt, D, bias = (torch.randn(*s, 1).expand(*s, P) for s in ((S, H), (H,), (H,)))
     A = -torch.rand(H, 1, 1).expand(H, P, N)
     expected_state = state.clone()
     expected = step(expected_state, x, dt, A, B, C, D, bias, True, z)

@@ -5,7 +5,7 @@
 // Shapes     q, k (B,L,G,K) · v (B,L,H,V), H a multiple of G · log_decay d (B,L,H) or (B,L,H,K) · gain g, beta β (B,L,H) ·
 //            skip (H) · initial_state (S,H,K,V) · cu_seqlens (S+1) → out (B,L,H,V) · final_state (S,H,K,V)
 // Layout     any strides, zero included, for all inputs; outputs contiguous
-// Types      q, k, v, out f32 f16 bf16; all else f32; one rounding at the store of out
+// Types      q, k, v, out f32 f16 bf16; all else f32; one rounding at the store of out (bf16 below the normal numbers may be 0)
 // Edges      cu_seqlens: B = 1, sequence s is steps cu_seqlens[s] … [s+1), with a state of its own; else S = B. An empty sequence
 //            hands its initial state on. d = −∞ forgets all (exp is 0). Decays between two steps are products of decays or
 //            exponentials of sums in f64, never quotients: extreme ones stay right. NaN stays inside its head and, forwards, its
@@ -79,10 +79,23 @@ struct ChunkScanDecayLayout : Workspace {
 
 // The delta rule, and decays per channel: see DeltaTile.
 constexpr std::int64_t kDeltaSteps = 16, kDeltaPanel = 32;
+inline std::int64_t chunk_scan_delta_state(const ChunkScanArgs& args) {
+  return (args.V + kDeltaPanel - 1) / kDeltaPanel * kDeltaPanel * args.K;
+}
+
+// Heads of a group that are scanned together, as they share q, k and scores: threads must all get some, and the second cache hold
+// the states that the delta rule keeps.
+inline std::int64_t chunk_scan_heads(const ChunkScanArgs& args) {
+  const std::int64_t group = args.H / (args.G ? args.G : 1), fair = args.S * args.H / (3 * args.threads);
+  const std::int64_t fit = args.beta || args.per_channel ? (512 << 10) / (4 * chunk_scan_delta_state(args) + 1) : 8;
+  const std::int64_t most = fair < fit ? fair : fit;
+  return most < 1 ? 1 : most < group ? most : group;
+}
+
 inline std::int64_t chunk_scan_delta_bytes(const ChunkScanArgs& args) {
-  const std::int64_t row = (args.K + 15) / 16 * 16, columns = (args.V + kDeltaPanel - 1) / kDeltaPanel * kDeltaPanel;
-  const std::int64_t rows = 7 * kDeltaSteps + kDeltaPanel / 2 + 1, others = 2 * kDeltaSteps + 3 * kDeltaPanel + 1;
-  return (rows * row + others * kDeltaSteps + columns * args.K) * 4;
+  const std::int64_t row = (args.K + 15) / 16 * 16, states = chunk_scan_delta_state(args) * chunk_scan_heads(args);
+  const std::int64_t rows = 7 * kDeltaSteps + kDeltaPanel / 2 + 1, others = 4 * kDeltaSteps + 3 * kDeltaPanel + 1;
+  return (rows * row + others * kDeltaSteps + states) * 4;
 }
 
 inline std::int64_t chunk_scan_workspace_cpu(const ChunkScanArgs& args) {

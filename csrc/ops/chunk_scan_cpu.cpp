@@ -24,12 +24,6 @@ void start_state(const ChunkScanArgs& a, i64 s, const Head& head) {
     for (i64 j = 0; j < a.V; ++j) head.state[i * a.V + j] = from[i * a.initial_stride[2] + j * a.initial_stride[3]];
 }
 
-// Heads of a group that are scanned together: scores are shared, threads must all get some.
-i64 heads_together(const ChunkScanArgs& a) {
-  const i64 group = a.H / a.G, fair = a.S * a.H / (3 * a.threads), most = fair < 8 ? fair : 8;
-  return most < 1 ? 1 : most < group ? most : group;
-}
-
 void check_bounds(const ChunkScanArgs& a) {
   for (i64 s = 0; s <= a.S; ++s) {
     const i64 bound = a.cu_seqlens[s], before = s ? a.cu_seqlens[s - 1] : 0;
@@ -45,7 +39,7 @@ void chunk_scan_cpu(const ChunkScanArgs& a) {
   if (a.cu_seqlens) check_bounds(a);
   if (a.S * a.H == 0) return;
   const bool delta = a.beta || a.per_channel;
-  const i64 group = a.H / a.G, together = delta ? 1 : heads_together(a), parts = (group + together - 1) / together;
+  const i64 group = a.H / a.G, together = chunk_scan_heads(a), parts = (group + together - 1) / together;
   const i64 scratch_bytes = chunk_scan_workspace_cpu(a) / a.threads;
   by_float_dtype("chunk_scan", a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
@@ -57,7 +51,7 @@ void chunk_scan_cpu(const ChunkScanArgs& a) {
         for (i64 h = first; h < first + heads; ++h) start_state(a, s, head_of(a, s, h));
         const Head head = head_of(a, s, first);
         if (delta) {
-          scan_delta<T>(a, head, reinterpret_cast<float*>(scratch));
+          scan_delta<T>(a, head, heads, reinterpret_cast<float*>(scratch));
         } else {
           scan_decay<T>(a, head, heads, scratch);
         }

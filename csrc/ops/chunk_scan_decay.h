@@ -8,6 +8,7 @@
 // each pair has its own. bf16 at the levels with its instruction: scores are exact products; M and, where it is read, the state
 // are rounded to bf16; what is written to the state is f32.
 #pragma once
+#include "core/cpu/exp_short.h"
 #include "core/cpu/tile_product.h"
 #include "core/cpu/transpose.h"
 #include "ops/chunk_scan_steps.h"
@@ -64,8 +65,8 @@ template <class Mac>
 void score_chunk(const ChunkScanArgs& a, int n, int words, const float* q, const DecayTiles& w) {
   for (int l = 0; l < n; l += kDecayBlock) {
     const int rows = n - l < kDecayBlock ? n - l : kDecayBlock;
-    tile_product_of<Mac, false, false>(rows, l + kDecayBlock, words, q + l * w.k_row, w.k_row, 1, w.k_turned, kDecaySteps,
-                                       w.scores + l * kDecaySteps, kDecaySteps);
+    tile_product_of<Mac, false>(FromZeros{}, rows, l + kDecayBlock, words, q + l * w.k_row, w.k_row, 1, w.k_turned, kDecaySteps,
+                                w.scores + l * kDecaySteps, kDecaySteps);
   }
   for (int l = 0; l < n; ++l) {
     w.q_scale[l] = a.scale * (a.l2norm ? inverse_norm(w.q + l * w.k_row, a.K) : 1);
@@ -172,28 +173,21 @@ void weigh_scores(int n, const DecayTiles& w) {
 template <class T>
 bool load_values(const ChunkScanArgs& a, const Head& chunk, const DecayTiles& w) {
   const int n = static_cast<int>(chunk.count);
-  load_tile<T>(a.v, a.v_stride, chunk, chunk.h, a.V, w.v, w.v_row);
+  const bool side_by_side = a.v_stride[3] == 1;
+  if (!side_by_side) load_tile<T>(a.v, a.v_stride, chunk, chunk.h, a.V, w.v, w.v_row);
   float strength[kDecaySteps];
   exp_differences(w.sums + 1, w.sums[n], -1, n, strength);
+  const T* from = static_cast<const T*>(a.v) + chunk.b * a.v_stride[0] + chunk.first * a.v_stride[1] + chunk.h * a.v_stride[2];
   f32v nothing = set1(0);
-  for (int s = 0; s < n; ++s) {
+  for (int s = 0; s < n; ++s, from += a.v_stride[1]) {
     const f32v c = set1(strength[s] * w.gain[s] * w.k_scale[s]);
-    const float* v = w.v + s * w.v_row;
-    float* write = w.write + s * w.v_row;
+    float *v = w.v + s * w.v_row, *write = w.write + s * w.v_row;
+    const auto put = [&](i64 j, f32v x) { store(v + j, x), store(write + j, c * x), nothing = fma(set1(0), x, nothing); };
     for_lanes(
-        a.V, [&](i64 j) { store(write + j, c * load(v + j)), nothing = fma(set1(0), load(v + j), nothing); },
-        [&](i64 j, int left) {
-          store(write + j, c * load(v + j, left), left), nothing = fma(set1(0), load(v + j, left), nothing);
-        });
+        a.V, [&](i64 j) { put(j, side_by_side ? load(from + j) : load(v + j)); },
+        [&](i64 j, int left) { put(j, side_by_side ? load(from + j, left) : load(v + j, left)); });
   }
   return reduce_add(nothing) == 0;
-}
-
-inline void scale_rows(int rows, i64 n, float* x, i64 stride, const float* factor, int factor_stride) {
-  for (int i = 0; i < rows; ++i, x += stride, factor += factor_stride)
-    for_lanes(
-        n, [&](i64 j) { store(x + j, set1(*factor) * load(x + j)); },
-        [&](i64 j, int left) { store(x + j, set1(*factor) * load(x + j, left), left); });
 }
 
 // out = diag(scale·exp a)·Q·S + M·V
@@ -206,15 +200,14 @@ void chunk_out(const ChunkScanArgs& a, int n, const float* S, const DecayTiles& 
 #if defined(__AVX512BF16__)
   if constexpr (kPairsOf<T>) {
     pair_rows(K, V, S, V, w.state_words, w.v_row);
-    tile_pairs<false>(n, V, (K + 1) / 2, w.q_words, w.k_row, 1, w.state_words, w.v_row, w.out, w.v_row);
-    scale_rows(n, V, w.out, w.v_row, since_start, 1);
+    tile_pairs(FromZeros{}, n, V, (K + 1) / 2, w.q_words, w.k_row, 1, w.state_words, w.v_row, w.out, w.v_row);
     pair_rows(n, V, w.v, w.v_row, w.v_words, w.v_row);
-    return tile_pairs_causal<true>(n, V, (n + 1) / 2, w.weights, kDecaySteps / 2, 1, w.v_words, w.v_row, w.out, w.v_row);
+    return tile_pairs_causal(FromScaled{since_start}, n, V, (n + 1) / 2, w.weights, kDecaySteps / 2, 1, w.v_words, w.v_row, w.out,
+                             w.v_row);
   }
 #endif
-  tile_product<false>(n, V, K, w.q, w.k_row, 1, S, V, w.out, w.v_row);
-  scale_rows(n, V, w.out, w.v_row, since_start, 1);
-  tile_product_causal<true>(n, V, n, w.weights, kDecaySteps, 1, w.v, w.v_row, w.out, w.v_row);
+  tile_product(FromZeros{}, n, V, K, w.q, w.k_row, 1, S, V, w.out, w.v_row);
+  tile_product_causal(FromScaled{since_start}, n, V, n, w.weights, kDecaySteps, 1, w.v, w.v_row, w.out, w.v_row);
 }
 
 template <class T>
@@ -229,12 +222,19 @@ void scan_chunk(const ChunkScanArgs& a, const Head& chunk, const DecayTiles& w) 
     T* out = static_cast<T*>(a.out) + ((chunk.b * a.L + chunk.first + l) * a.H + chunk.h) * V;
     const float *v = w.v + l * w.v_row, *sum = w.out + l * w.v_row;
     for_lanes(
-        V, [&](i64 j) { store(out + j, fma(skip, load(v + j), load(sum + j))); },
-        [&](i64 j, int left) { store(out + j, fma(skip, load(v + j, left), load(sum + j, left)), left); });
+        V, [&](i64 j) { store_short(out + j, fma(skip, load(v + j), load(sum + j))); },
+        [&](i64 j, int left) { store_short(out + j, fma(skip, load(v + j, left), load(sum + j, left)), left); });
   }
-  const float decay = exp1(static_cast<float>(w.sums[n]));
-  scale_rows(K, V, chunk.state, V, &decay, 0);
-  tile_product<true>(K, V, n, w.k, 1, w.k_row, w.write, w.v_row, chunk.state, V);
+  const FromAllScaled decayed{exp1(static_cast<float>(w.sums[n]))};
+  tile_product(decayed, K, V, n, w.k, 1, w.k_row, w.write, w.v_row, chunk.state, V);
+}
+
+// Asks for the rows of out of one head, and for the values of the next.
+template <class T>
+[[gnu::always_inline]] inline void prefetch_head(const ChunkScanArgs& a, const Head& one, const Head& next) {
+  const i64 stride[4] = {a.L * a.H * a.V, a.H * a.V, a.V, 1};
+  prefetch_rows<T>(a.v, a.v_stride, next.b, next.first, next.h, next.count, a.V);
+  prefetch_rows<T, true>(a.out, stride, one.b, one.first, one.h, one.count, a.V);
 }
 
 // `heads` heads of one group, one sequence: the first is given, the states of the others follow.
@@ -248,6 +248,12 @@ void scan_decay(const ChunkScanArgs& a, const Head& head, i64 heads, char* scrat
     for (i64 i = 0; i < heads; ++i) {
       const Head one{chunk.b, head.h + i, chunk.first, chunk.count, head.state + i * a.K * a.V};
       if (chunk.count > kFewSteps) {
+        Head next{one.b, one.h + 1, one.first, one.count, nullptr};
+        if (i + 1 == heads) {
+          const i64 rest = left - chunk.count;
+          next = {one.b, head.h, one.first + one.count, rest < kDecaySteps ? rest : kDecaySteps, nullptr};
+        }
+        prefetch_head<T>(a, one, next);
         scan_chunk<T>(a, one, w);
       } else {
         scan_steps<T>(a, one, w.steps);

@@ -18,22 +18,24 @@ struct DeltaTile {
   float *q_in, *k_in, *k_out;    // rows that read the state, q with the scale, k negated and with β; rows that write to it
   float *q_words, *state_words;  // q_in and a panel as pairs of bf16
   float *total, *strength;       // the chunk's decay per channel; β or gain per step
+  float *of_q, *of_k;            // products of q and k with k
   float *M, *P;                  // scores of k, negated and with β, strictly lower; scores of q, with the scale, lower
-  float *v, *D, *out, *state;
+  float *v, *D, *out, *states;   // states: of heads, one after the other
 
   DeltaTile(const ChunkScanArgs& a, float* scratch) : K(a.K), row((a.K + 15) / 16 * 16) {
     const auto take = [&](i64 count) { return scratch += count, scratch - count; };
     for (float** tile : {&q, &k, &decay, &q_in, &k_in, &k_out}) *tile = take(kDeltaSteps * row);
     q_words = take(kDeltaSteps * row / 2), state_words = take((K + 1) / 2 * kPanel);
-    total = take(row), strength = take(kDeltaSteps), M = take(kDeltaSteps * kDeltaSteps), P = take(kDeltaSteps * kDeltaSteps);
+    total = take(row), strength = take(kDeltaSteps);
+    for (float** tile : {&of_q, &of_k, &M, &P}) *tile = take(kDeltaSteps * kDeltaSteps);
     for (float** tile : {&v, &D, &out}) *tile = take(kDeltaSteps * kPanel);
     std::memset(q, 0, static_cast<std::size_t>(scratch - q) * sizeof(float));
-    state = scratch;
+    states = scratch;
   }
 
   // Between (K,V) and panels (K,kPanel).
   template <bool kIn>
-  void move_state(i64 V, float* outside) const {
+  void move_state(i64 V, float* outside, float* state) const {
     for (i64 j = 0; j < V; j += kPanel)
       for (i64 i = 0; i < K; ++i) {
         float *panel = state + j * K + i * kPanel, *there = outside + i * V + j;
@@ -58,22 +60,14 @@ void load_rows(const void* base, const i64* stride, i64 b, i64 t, i64 h, i64 fir
   }
 }
 
-// Asks for rows that the next chunk will load: heads lie side by side, so that the processor does not foresee a head's next row.
-// Inlined by force: GCC drops calls of functions that do nothing but prefetch.
-template <class T>
-[[gnu::always_inline]] inline void prefetch_rows(const void* base, const i64* stride, i64 b, i64 t, i64 h, i64 n, i64 count) {
-  const T* from = static_cast<const T*>(base) + b * stride[0] + t * stride[1] + h * stride[2];
-  if (stride[3] == 1)
-    for (i64 l = 0; l < n; ++l, from += stride[1])
-      for (i64 c = 0; c < count; c += 64 / static_cast<i64>(sizeof(T))) __builtin_prefetch(from + c);
-}
-
-// Steps t + from … t + to, as far as there are such.
+// Steps t + from … t + to, as far as there are such; `rows`: of q and k too.
 template <class T, bool kPerChannel>
-[[gnu::always_inline]] inline void prefetch_chunk(const ChunkScanArgs& a, const Head& head, i64 t, i64 from, i64 to) {
+[[gnu::always_inline]] inline void prefetch_chunk(const ChunkScanArgs& a, const Head& head, i64 t, i64 from, i64 to, bool rows) {
   const i64 left = head.first + head.count - t, n = (to < left ? to : left) - from, g = head.h / (a.H / a.G);
-  prefetch_rows<T>(a.q, a.q_stride, head.b, t + from, g, n, a.K);
-  prefetch_rows<T>(a.k, a.k_stride, head.b, t + from, g, n, a.K);
+  if (rows) {
+    prefetch_rows<T>(a.q, a.q_stride, head.b, t + from, g, n, a.K);
+    prefetch_rows<T>(a.k, a.k_stride, head.b, t + from, g, n, a.K);
+  }
   prefetch_rows<T>(a.v, a.v_stride, head.b, t + from, head.h, n, a.V);
   if (kPerChannel) prefetch_rows<float>(a.log_decay, a.decay_stride, head.b, t + from, head.h, n, a.K);
 }
@@ -87,12 +81,17 @@ inline void normalise_rows(int n, i64 count, float* x) {
   }
 }
 
-template <class T, bool kPerChannel>
-void load_chunk(const ChunkScanArgs& a, const Head& head, i64 t, int n, const DeltaTile& tile) {
+// What all heads of a group share.
+template <class T>
+void load_shared(const ChunkScanArgs& a, const Head& head, i64 t, int n, const DeltaTile& tile) {
   const i64 g = head.h / (a.H / a.G);
   load_rows<T>(a.q, a.q_stride, head.b, t, g, 0, n, a.K, tile.q, tile.row);
   load_rows<T>(a.k, a.k_stride, head.b, t, g, 0, n, a.K, tile.k, tile.row);
   if (a.l2norm) normalise_rows(n, tile.row, tile.q), normalise_rows(n, tile.row, tile.k);
+}
+
+template <class T, bool kPerChannel>
+void load_factors(const ChunkScanArgs& a, const Head& head, i64 t, int n, const DeltaTile& tile) {
   const i64 count = kPerChannel ? n * tile.row : kDeltaSteps;
   if (kPerChannel) {
     load_rows<float>(a.log_decay, a.decay_stride, head.b, t, head.h, 0, n, a.K, tile.decay, tile.row);
@@ -130,9 +129,8 @@ void decay_rows(const DeltaTile& tile, int n, float scale) {
 #endif
 }
 
-// M and P of one factor per step: products of rows, times their decays.
-inline void score_steps(const DeltaTile& tile, int n, float scale) {
-  alignas(64) float of_q[kDeltaSteps][kDeltaSteps] = {}, of_k[kDeltaSteps][kDeltaSteps] = {}, gamma[kDeltaSteps] = {};
+// of_q and of_k: products of rows, for one factor per step.
+inline void multiply_steps(const DeltaTile& tile, int n) {
   for (int l = 0; l < n; l += 4)
     for (int s = 0; s <= l; s += 4) {
       const float *q[4], *k[4], *before[4];
@@ -143,17 +141,23 @@ inline void score_steps(const DeltaTile& tile, int n, float scale) {
       dots<float, 4, 4, 1>(before, q, tile.row, sums[0]);
       dots<float, 4, 4, 1>(before, k, tile.row, sums[1]);
       for (int i = 0; i < 4; ++i) {
-        std::memcpy(&of_q[l + i][s], sums[0] + 4 * i, 4 * sizeof(float));
-        std::memcpy(&of_k[l + i][s], sums[1] + 4 * i, 4 * sizeof(float));
+        std::memcpy(tile.of_q + (l + i) * kDeltaSteps + s, sums[0] + 4 * i, 4 * sizeof(float));
+        std::memcpy(tile.of_k + (l + i) * kDeltaSteps + s, sums[1] + 4 * i, 4 * sizeof(float));
       }
     }
+}
+
+// M and P: those times the decays between their steps.
+inline void score_steps(const DeltaTile& tile, int n, float scale) {
+  alignas(64) float gamma[kDeltaSteps] = {};
   for (int l = 0; l < n; ++l) {
+    const float *of_q = tile.of_q + l * kDeltaSteps, *of_k = tile.of_k + l * kDeltaSteps;
     float *M = tile.M + l * kDeltaSteps, *P = tile.P + l * kDeltaSteps;
     for (int s = 0; s < kDeltaSteps; ++s) gamma[s] *= tile.decay[l];
     gamma[l] = 1;
     for (int s = 0; s < kDeltaSteps; ++s) {
-      P[s] = s <= l ? scale * (of_q[l][s] * gamma[s]) : 0;
-      M[s] = -tile.strength[l] * (of_k[l][s] * gamma[s]);  // from the diagonal on nobody reads it
+      P[s] = s <= l ? scale * (of_q[s] * gamma[s]) : 0;
+      M[s] = -tile.strength[l] * (of_k[s] * gamma[s]);  // from the diagonal on nobody reads it
     }
   }
 }

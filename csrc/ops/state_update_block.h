@@ -21,23 +21,31 @@ enum class Decay { per_n, per_p, full };
 inline void floats(const void* p, Dtype dtype, i64 offset, i64 stride, i64 count, float* to) {
   by_float_dtype("state_update", dtype, [&](auto type) {
     const auto* from = static_cast<const typename decltype(type)::type*>(p) + offset;
-    columns(from, stride, 0, count, 1, to, 0);
+    if (stride != 1) return columns(from, stride, 0, count, 1, to, 0);
+    for_lanes(count, [&](i64 i) { store(to + i, load(from + i)); }, [&](i64 i, int n) { store(to + i, load(from + i, n)); });
   });
 }
 
 struct Block {
   const StateUpdateArgs& args;
-  i64 s, h, p, count;  // rows p … p+count−1
+  i64 s = -1, g = -1, h, p, count;  // rows p … p+count−1
   alignas(64) float B[kStateMaxN + f32v::width], C[kStateMaxN + f32v::width];
   float a[kStateMaxN + f32v::width], tB[kStateMaxN + f32v::width];  // Decay::per_n
   float x[kRows], t[kRows], out[kRows + 4];                         // t: Decay::per_p
   float beta;
 
-  Block(const StateUpdateArgs& args, i64 s, i64 h, i64 p, i64 count, Decay decay) : args(args), s(s), h(h), p(p), count(count) {
-    const i64 g = h / (args.H / args.G);
-    floats(args.B, args.dtype, s * args.B_stride_s + g * args.B_stride_g, args.B_stride_n, args.N, B);
-    floats(args.C, args.dtype, s * args.C_stride_s + g * args.C_stride_g, args.C_stride_n, args.N, C);
-    if (args.l2norm) normalize(B), normalize(C);
+  explicit Block(const StateUpdateArgs& args) : args(args) {}
+
+  // Moves on to other rows. B and C stay while their group does.
+  void begin(i64 sequence, i64 head, i64 row, i64 rows, Decay decay) {
+    const i64 group = head / (args.H / args.G);
+    if (sequence != s || group != g) {
+      s = sequence, g = group;
+      floats(args.B, args.dtype, s * args.B_stride_s + g * args.B_stride_g, args.B_stride_n, args.N, B);
+      floats(args.C, args.dtype, s * args.C_stride_s + g * args.C_stride_g, args.C_stride_n, args.N, C);
+      if (args.l2norm) normalize(B), normalize(C);
+    }
+    h = head, p = row, count = rows;
     floats(args.x, args.dtype, s * args.x_stride_s + h * args.x_stride_h + p * args.x_stride_p, args.x_stride_p, count, x);
     beta = 0;
     if (args.beta) {
@@ -78,8 +86,9 @@ struct Block {
   void decays_of(i64 row, float* a, float* tB) const {
     float t[kStateMaxN + f32v::width];
     steps(row, 0, args.dt_stride_n, args.dt_bias_stride_n, args.N, t);
-    floats(args.A, args.A_dtype, h * args.A_stride_h + row * args.A_stride_p, args.A_stride_n, args.N, a);
     const bool one = args.A_stride_n == 0 && args.dt_stride_n == 0 && (!args.dt_bias || args.dt_bias_stride_n == 0);
+    const i64 distinct = one ? std::min<i64>(1, args.N) : args.N;
+    floats(args.A, args.A_dtype, h * args.A_stride_h + row * args.A_stride_p, args.A_stride_n, distinct, a);
     for (i64 n = 0; n < args.N; n += f32v::width) {
       if (!one || n == 0) store(a + n, exp_short(load(t + n) * load(a + n)));
       store(tB + n, load(t + n) * load(B + n));
@@ -181,14 +190,36 @@ f32v full_row(const Block& b, i64 row) {
   return update_row<State, kDelta, kStride>(b, row, [&](i64 n, int) { return Lanes{load(a + n), load(tB + n)}; });
 }
 
-// Four rows at a time; each(row): out's lanes.
+// Four rows at a time, from `row` on; each(row): out's lanes.
 template <class Each>
-[[gnu::always_inline]] inline void four_by_four(Block& b, Each&& each) {
-  for (i64 row = 0; row < b.count; row += 4) {
+[[gnu::always_inline]] inline void four_by_four(Block& b, Each&& each, i64 row = 0) {
+  for (; row < b.count; row += 4) {
     f32v sums[4] = {set1(0), set1(0), set1(0), set1(0)};
     for (i64 i = 0; i < std::min<i64>(4, b.count - row); ++i) sums[i] = each(row + i);
     reduce_add4(sums, b.out + row);
   }
+}
+
+// Four rows of Decay::per_n, side by side: what depends on n alone is loaded once for all of them.
+template <class State>
+void update_four(Block& b, i64 row) {
+  State* state[4];
+  f32v x[4], sums[4];
+  for (int i = 0; i < 4; ++i) state[i] = b.state<State>(row + i), x[i] = set1(b.x[row + i]), sums[i] = set1(0);
+  const auto step = [&](i64 n, auto take, auto put) {
+    const f32v a = load(b.a + n), tB = load(b.tB + n), C = load(b.C + n);
+    for (int i = 0; i < 4; ++i) {
+      const f32v after = fma(a, take(state[i] + n), x[i] * tB);
+      put(state[i] + n, after);
+      sums[i] = fma(after, C, sums[i]);
+    }
+  };
+  for_lanes(
+      b.args.N, [&](i64 n) { step(n, [](const State* p) { return load(p); }, [](State* p, f32v y) { store_short(p, y); }); },
+      [&](i64 n, int tail) {
+        step(n, [=](const State* p) { return load(p, tail); }, [=](State* p, f32v y) { store_short(p, y, tail); });
+      });
+  reduce_add4(sums, b.out + row);
 }
 
 // Decay::per_p with all of n in one vector, side by side (Mamba): what does not depend on the row stays in registers.
@@ -219,9 +250,11 @@ void short_rows(Block& b, const T* A) {
 template <class State, bool kDelta, Decay kDecay, i64 kStride>
 void rows(Block& b) {
   if constexpr (kDecay == Decay::per_n) {
-    four_by_four(b, [&](i64 row) {
-      return update_row<State, kDelta, kStride>(b, row, [&](i64 n, int) { return Lanes{load(b.a + n), load(b.tB + n)}; });
-    });
+    i64 row = 0;
+    if constexpr (!kDelta && kStride == 1)
+      for (; row + 4 <= b.count; row += 4) update_four<State>(b, row);
+    const auto decays = [&](i64 n, int) { return Lanes{load(b.a + n), load(b.tB + n)}; };
+    four_by_four(b, [&](i64 i) { return update_row<State, kDelta, kStride>(b, i, decays); }, row);
   } else if constexpr (kDecay == Decay::per_p) {
     by_float_dtype("state_update", b.args.A_dtype, [&](auto type) {
       const auto* A = static_cast<const typename decltype(type)::type*>(b.args.A);

@@ -43,10 +43,13 @@ void state_update_cpu(const StateUpdateArgs& a) {
   const i64 size = std::clamp<i64>(16384 / std::max<i64>(1, a.N) / 64 * 64, 64, kRows), blocks = (a.P + size - 1) / size;
   by_float_dtype("state_update", a.state_dtype, [&](auto type) {
     using State = typename decltype(type)::type;
-    parallel_for(a.S * a.H * blocks, 1, total < kWorthAThread ? 1 : a.threads, [&](i64 first, i64 last, int) {
-      for (i64 task = first; task < last; ++task) {
+    // Equal shares, the same at every step: a thread finds its part of the state where the step before left it, in its cache.
+    const i64 tasks = a.S * a.H * blocks, shares = total < kWorthAThread ? 1 : a.threads;
+    parallel_for(shares, 1, a.threads, [&](i64 first, i64 last, int) {
+      Block b(a);
+      for (i64 task = first * tasks / shares; task < last * tasks / shares; ++task) {
         const i64 p = task % blocks * size, head = task / blocks;
-        Block b(a, head / a.H, head % a.H, p, std::min(size, a.P - p), decay);
+        b.begin(head / a.H, head % a.H, p, std::min(size, a.P - p), decay);
         if (a.beta)
           update<State, true>(b, decay);
         else

@@ -1,9 +1,11 @@
 // Products of small matrices that sit in the caches: tiles of a chunk, a state. Sums in the order of p, whatever the sizes.
 //
-// c[i][j] (= or +=) Σ_p a[i·a_row + p·a_col]·b[p·b_row + j]. Elements of a are broadcast, so that its strides are free and a
-// transposed a costs nothing; rows of b and c are contiguous.
+// c[i][j] = start + Σ_p a[i·a_row + p·a_col]·b[p·b_row + j], where a sum starts from zero, from what is in c, or from a multiple
+// of it. Elements of a are broadcast, so that its strides are free and a transposed a costs nothing; rows of b and c are
+// contiguous.
 #pragma once
 #include <type_traits>
+#include <utility>
 
 #include "core/cpu/dot_in_place.h"
 
@@ -26,86 +28,134 @@ struct MacPairs {
 };
 #endif
 
-template <class Mac, bool kAdd, int MR, int NV, bool kTail>
-inline void tile_block(int tail, int k, const float* a, std::int64_t a_row, std::int64_t a_col, const float* b,
+// Where the sums of a row start, given what is in c.
+struct FromZeros {
+  FromZeros from(int) const { return {}; }
+  template <class Sum>
+  f32v operator()(int, Sum&&) const {
+    return set1(0);
+  }
+};
+struct FromSums {
+  FromSums from(int) const { return {}; }
+  template <class Sum>
+  f32v operator()(int, Sum&& sum) const {
+    return sum();
+  }
+};
+struct FromAllScaled {
+  float factor;
+  FromAllScaled from(int) const { return *this; }
+  template <class Sum>
+  f32v operator()(int, Sum&& sum) const {
+    return set1(factor) * sum();
+  }
+};
+struct FromScaled {
+  const float* factor;  // of each row
+  FromScaled from(int row) const { return {factor + row}; }
+  template <class Sum>
+  f32v operator()(int row, Sum&& sum) const {
+    return set1(factor[row]) * sum();
+  }
+};
+
+// f(0), f(1) … f(N − 1), the index a constant. Loops are unrolled so late that GCC 12 leaves an array of sums in memory too, and
+// writes it at the start of every block.
+template <class F, int... I>
+[[gnu::always_inline]] inline void unrolled(std::integer_sequence<int, I...>, F&& f) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+[[gnu::always_inline]] inline void unrolled(F&& f) {
+  unrolled(std::make_integer_sequence<int, N>{}, f);
+}
+
+template <class Mac, int MR, int NV, bool kTail, class Start>
+inline void tile_block(Start start, int tail, int k, const float* a, std::int64_t a_row, std::int64_t a_col, const float* b,
                        std::int64_t b_row, float* c, std::int64_t c_row) {
   constexpr int W = f32v::width;
   const auto take = [&](const float* p, int v) { return kTail && v == NV - 1 ? load(p + v * W, tail) : load(p + v * W); };
-  f32v sum[MR][NV];
-  for (int i = 0; i < MR; ++i)
-    for (int v = 0; v < NV; ++v) sum[i][v] = kAdd ? take(c + i * c_row, v) : set1(0);
+  f32v sum[MR * NV];
+  unrolled<MR * NV>([&](auto s) {
+    constexpr int i = s / NV, v = s % NV;
+    sum[s] = start(i, [&] { return take(c + i * c_row, v); });
+  });
   for (int p = 0; p < k; ++p, a += a_col, b += b_row) {
     f32v row[NV];
-    for (int v = 0; v < NV; ++v) row[v] = take(b, v);
-    for (int i = 0; i < MR; ++i) {
+    unrolled<NV>([&](auto v) { row[v] = take(b, v); });
+    unrolled<MR>([&](auto i) {
       const f32v x = set1(a[i * a_row]);
-      for (int v = 0; v < NV; ++v) sum[i][v] = Mac::mac(sum[i][v], x, row[v]);
-    }
+      unrolled<NV>([&](auto v) { sum[i * NV + v] = Mac::mac(sum[i * NV + v], x, row[v]); });
+    });
   }
-  for (int i = 0; i < MR; ++i)
-    for (int v = 0; v < NV; ++v) {
-      float* to = c + i * c_row + v * W;
-      if (kTail && v == NV - 1)
-        store(to, sum[i][v], tail);
-      else
-        store(to, sum[i][v]);
-    }
+#if defined(__GNUC__)
+  asm("" : "+r"(c_row));  // the rows' addresses are not kept from above: there are no registers for them
+#endif
+  unrolled<MR * NV>([&](auto s) {
+    constexpr int i = s / NV, v = s % NV;
+    float* to = c + i * c_row + v * W;
+    if (kTail && v == NV - 1)
+      store(to, sum[s], tail);
+    else
+      store(to, sum[s]);
+  });
 }
 
 // All rows of one strip of columns. kCausal: row i has no terms p > i; up to the end of its block of rows they must be zeros.
-template <class Mac, bool kAdd, bool kCausal, int NV, bool kTail, int MR = kTileRows>
-void tile_strip(int tail, int m, int k, const float* a, std::int64_t a_row, std::int64_t a_col, const float* b,
+template <class Mac, bool kCausal, int NV, bool kTail, int MR = kTileRows, class Start>
+void tile_strip(Start start, int tail, int m, int k, const float* a, std::int64_t a_row, std::int64_t a_col, const float* b,
                 std::int64_t b_row, float* c, std::int64_t c_row, int done = 0) {
   constexpr int kPer = std::is_same_v<Mac, MacF32> ? 1 : 2;
   for (; done + MR <= m; done += MR) {
     const int end = (done + MR + kPer - 1) / kPer;
-    tile_block<Mac, kAdd, MR, NV, kTail>(tail, kCausal && end < k ? end : k, a + done * a_row, a_row, a_col, b, b_row,
-                                         c + done * c_row, c_row);
+    tile_block<Mac, MR, NV, kTail>(start.from(done), tail, kCausal && end < k ? end : k, a + done * a_row, a_row, a_col, b, b_row,
+                                   c + done * c_row, c_row);
   }
   if constexpr (MR > 1)
-    if (done < m) tile_strip<Mac, kAdd, kCausal, NV, kTail, MR / 2>(tail, m, k, a, a_row, a_col, b, b_row, c, c_row, done);
+    if (done < m) tile_strip<Mac, kCausal, NV, kTail, MR / 2>(start, tail, m, k, a, a_row, a_col, b, b_row, c, c_row, done);
 }
 
-template <class Mac, bool kAdd, bool kCausal>
-void tile_product_of(int m, int n, int k, const float* a, std::int64_t a_row, std::int64_t a_col, const float* b,
+template <class Mac, bool kCausal, class Start>
+void tile_product_of(Start start, int m, int n, int k, const float* a, std::int64_t a_row, std::int64_t a_col, const float* b,
                      std::int64_t b_row, float* c, std::int64_t c_row) {
   constexpr int W = f32v::width;
   int j = 0;
   for (; j + kTileVectors * W <= n; j += kTileVectors * W)
-    tile_strip<Mac, kAdd, kCausal, kTileVectors, false>(0, m, k, a, a_row, a_col, b + j, b_row, c + j, c_row);
+    tile_strip<Mac, kCausal, kTileVectors, false>(start, 0, m, k, a, a_row, a_col, b + j, b_row, c + j, c_row);
   for (; j < n; j += W) {
     if (n - j >= W) {
-      tile_strip<Mac, kAdd, kCausal, 1, false>(0, m, k, a, a_row, a_col, b + j, b_row, c + j, c_row);
+      tile_strip<Mac, kCausal, 1, false>(start, 0, m, k, a, a_row, a_col, b + j, b_row, c + j, c_row);
     } else {
-      tile_strip<Mac, kAdd, kCausal, 1, true>(n - j, m, k, a, a_row, a_col, b + j, b_row, c + j, c_row);
+      tile_strip<Mac, kCausal, 1, true>(start, n - j, m, k, a, a_row, a_col, b + j, b_row, c + j, c_row);
     }
   }
 }
 
-template <bool kAdd>
-void tile_product(int m, int n, int k, const float* a, std::int64_t a_row, std::int64_t a_col, const float* b, std::int64_t b_row,
-                  float* c, std::int64_t c_row) {
-  tile_product_of<MacF32, kAdd, false>(m, n, k, a, a_row, a_col, b, b_row, c, c_row);
+template <class Start>
+void tile_product(Start start, int m, int n, int k, const float* a, std::int64_t a_row, std::int64_t a_col, const float* b,
+                  std::int64_t b_row, float* c, std::int64_t c_row) {
+  tile_product_of<MacF32, false>(start, m, n, k, a, a_row, a_col, b, b_row, c, c_row);
 }
 
 // a lower triangular: of row i only p <= i is summed. The rest of its block of kTileRows rows must be zeros.
-template <bool kAdd>
-void tile_product_causal(int m, int n, int k, const float* a, std::int64_t a_row, std::int64_t a_col, const float* b,
+template <class Start>
+void tile_product_causal(Start start, int m, int n, int k, const float* a, std::int64_t a_row, std::int64_t a_col, const float* b,
                          std::int64_t b_row, float* c, std::int64_t c_row) {
-  tile_product_of<MacF32, kAdd, true>(m, n, k, a, a_row, a_col, b, b_row, c, c_row);
+  tile_product_of<MacF32, true>(start, m, n, k, a, a_row, a_col, b, b_row, c, c_row);
 }
 
 #if defined(__AVX512BF16__)
-template <bool kAdd>
-void tile_pairs(int m, int n, int pairs, const float* a, std::int64_t a_row, std::int64_t a_col, const float* b,
+template <class Start>
+void tile_pairs(Start start, int m, int n, int pairs, const float* a, std::int64_t a_row, std::int64_t a_col, const float* b,
                 std::int64_t b_row, float* c, std::int64_t c_row) {
-  tile_product_of<MacPairs, kAdd, false>(m, n, pairs, a, a_row, a_col, b, b_row, c, c_row);
+  tile_product_of<MacPairs, false>(start, m, n, pairs, a, a_row, a_col, b, b_row, c, c_row);
 }
 
-template <bool kAdd>
-void tile_pairs_causal(int m, int n, int pairs, const float* a, std::int64_t a_row, std::int64_t a_col, const float* b,
-                       std::int64_t b_row, float* c, std::int64_t c_row) {
-  tile_product_of<MacPairs, kAdd, true>(m, n, pairs, a, a_row, a_col, b, b_row, c, c_row);
+template <class Start>
+void tile_pairs_causal(Start start, int m, int n, int pairs, const float* a, std::int64_t a_row, std::int64_t a_col,
+                       const float* b, std::int64_t b_row, float* c, std::int64_t c_row) {
+  tile_product_of<MacPairs, true>(start, m, n, pairs, a, a_row, a_col, b, b_row, c, c_row);
 }
 
 // ---- packing words of two bf16 ----
