@@ -60,9 +60,10 @@ namespace {  // internal linkage: compiled once per ISA level, and the linker mu
 
 // CPU workspace. S, D: the most sources and destinations that an entry can have; Sp, Dp, K: padded, with channels.
 struct TokenMatchLayout : Workspace {
-  std::int64_t width, S, D, Sp, Dp, K;                // width: of score and partner
-  std::int64_t sources, destinations, count, number;  // i32 (B,S), (B,D): positions; i64 (B,2): how many of each there are
-  std::int64_t inverse_norm, bad, packed;  // f32 (B,N); i64 (threads): first token not finite or −1; (B,N,C): x, turned
+  std::int64_t width, S, D, Sp, Dp, K;        // width: of score and partner
+  std::int64_t sources, destinations, count;  // i32 (B,S), (B,D): positions; i64 (B,2): how many of each there are
+  std::int64_t number, keys;                  // i32 (B,N): see token_match_cpu.cpp; u32 (B,W): scores to sort by
+  std::int64_t inverse_norm, bad, packed;     // f32 (B,N); i64 (threads): first token not finite or −1; (B,N,C): x, turned
   std::int64_t mean, mean_square, source, destination;  // see token_match_screen.h
   std::int64_t row_fields, fields, shift, row, strip;
 
@@ -71,7 +72,8 @@ struct TokenMatchLayout : Workspace {
     const std::int64_t tokens = 4 * a.B * a.N;
     width = S = a.role ? a.N : (a.N + 1) / 2, D = a.role ? a.N : a.N / 2;
     Sp = padded(S, kMatchRows), Dp = padded(D, kMatchPanel), K = padded(a.C, kMatchChannels);
-    sources = take(4 * a.B * S), destinations = take(4 * a.B * D), count = take(16 * a.B), number = take(tokens);
+    sources = take(4 * a.B * S), destinations = take(4 * a.B * D), count = take(16 * a.B), number = take(tokens),
+    keys = take(4 * a.B * width);
     inverse_norm = take(tokens), bad = take(8 * a.threads);
     packed = take(a.x_stride_c == 1 ? 0 : tokens * a.C / (a.dtype == Dtype::f32 ? 1 : 2));
     const std::int64_t screens = a.N >= 4 * kMatchScreened ? 1 : 0;

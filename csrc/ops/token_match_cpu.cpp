@@ -4,6 +4,7 @@
 #include "core/dispatch.h"
 #include "ops/token_match.h"
 #include "ops/token_match_screen.h"
+#include "ops/token_select_rank.h"
 
 namespace effvlm::EFFVLM_ISA {
 namespace {
@@ -178,6 +179,26 @@ struct Matcher {
     });
   }
 
+  // Place i of scores and partners is position i·step.
+  void make_groups(i64 b) const {
+    const i64 step = a.role ? 1 : 2, width = layout.width;
+    const float* score = a.score + b * width;
+    const i32* partner = a.partner + b * width;
+    i32* group = a.group + b * a.N;
+    const Keys keys{static_cast<i32>(width), at<std::uint32_t>(layout.keys, b * width)};
+    for (i64 i = 0; i < width; ++i) keys.keys[i] = partner[i] < 0 ? 0 : key_of(score[i]);
+    Cut cut = a.r ? keys.cut_at_rank(static_cast<i32>(a.r)) : Cut{~0u, 0};
+    constexpr i32 kMerged = -1;
+    i32 next = 0;
+    for (i64 n = 0; n < a.N; ++n) {
+      const std::uint32_t key = n % step == 0 ? keys.keys[n / step] : 0;
+      const bool merged = key > cut.key || (key == cut.key && cut.equal-- > 0);
+      group[n] = merged ? kMerged : next++;
+    }
+    for (i64 i = 0; i < width; ++i)
+      if (group[step * i] == kMerged) group[step * i] = group[partner[i]];
+  }
+
   void run() const {
     list_all();
     if (a.x_stride_c != 1) pack_all();
@@ -188,58 +209,17 @@ struct Matcher {
     });
     measure_all(screen);
     match_all(screen);
+    parallel_for(a.B, 1, a.threads, [&](i64 begin, i64 end, int) {
+      for (i64 b = begin; b < end; ++b) make_groups(b);
+    });
   }
 };
-
-std::uint32_t sort_key(float x, i32 partner) {  // unsigned order of keys = order of floats; 0 of what has no partner
-  if (partner < 0) return 0;
-  const std::uint32_t bits = f32_to_bits(x);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
-// The r-th largest key and how many keys equal to it are among the r largest: radix select, a byte at a time.
-std::uint32_t kth_key(const float* score, const i32* partner, i64 S, i64 r, i64& equal) {
-  std::uint32_t prefix = 0;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    i64 count[256] = {};
-    for (i64 i = 0; i < S; ++i) {
-      const std::uint32_t key = sort_key(score[i], partner[i]);
-      if (shift == 24 || (key ^ prefix) >> (shift + 8) == 0) ++count[key >> shift & 255];
-    }
-    int digit = 255;
-    for (; r > count[digit]; --digit) r -= count[digit];
-    prefix |= static_cast<std::uint32_t>(digit) << shift;
-  }
-  equal = r;
-  return prefix;
-}
-
-void make_groups(const TokenMatchArgs& a, i64 b) {
-  const i64 step = a.role ? 1 : 2, width = a.role ? a.N : (a.N + 1) / 2;  // place i of scores and partners is position i·step
-  const float* score = a.score + b * width;
-  const i32* partner = a.partner + b * width;
-  i32* group = a.group + b * a.N;
-  i64 equal = 0;
-  const std::uint32_t least = a.r ? kth_key(score, partner, width, a.r, equal) : 0xffffffffu;
-  constexpr i32 kMerged = -1;
-  i32 next = 0;
-  for (i64 n = 0; n < a.N; ++n) {
-    const std::uint32_t key = n % step == 0 && a.r ? sort_key(score[n / step], partner[n / step]) : 0;
-    const bool merged = key > least || (key == least && equal-- > 0);
-    group[n] = merged ? kMerged : next++;
-  }
-  for (i64 i = 0; i < width; ++i)
-    if (group[step * i] == kMerged) group[step * i] = group[partner[i]];
-}
 
 }  // namespace
 
 void token_match_cpu(const TokenMatchArgs& a) {
   if (a.B == 0 || a.N == 0) return;
   by_float_dtype("token_match", a.dtype, [&](auto type) { Matcher<typename decltype(type)::type>{a}.run(); });
-  parallel_for(a.B, 1, a.threads, [&](i64 begin, i64 end, int) {
-    for (i64 b = begin; b < end; ++b) make_groups(a, b);
-  });
 }
 
 }  // namespace effvlm::EFFVLM_ISA

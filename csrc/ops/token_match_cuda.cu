@@ -1,5 +1,5 @@
 #include "core/cuda/launch.cuh"
-#include "core/cuda/mma.cuh"
+#include "core/cuda/pairs16.cuh"
 #include "core/dispatch.h"
 #include "ops/token_match.h"
 #include "ops/token_select_cut.h"
@@ -11,10 +11,9 @@ namespace {
 using i64 = std::int64_t;
 using i32 = std::int32_t;
 
-constexpr int kTile = 64;      // sources and destinations of a tile
-constexpr int kDepth = 16;     // channels staged at a time
-constexpr int kDepth16 = 32;   // the same for 16-bit types
-constexpr int kThreads = 256;  // 16 × 16 threads with 4 × 4 pairs each; in 16-bit types 4 × 2 warps with 16 × 32 pairs
+constexpr int kTile = kPairRows;  // sources and destinations of a tile
+constexpr int kDepth = 16;        // channels staged at a time
+constexpr int kThreads = 256;     // 16 × 16 threads with 4 × 4 pairs each; in 16-bit types 4 × 2 warps with 16 × 32 pairs
 constexpr int kSelectThreads = 512;
 constexpr int kMaxSplits = 32;
 
@@ -153,77 +152,33 @@ __global__ void __launch_bounds__(kThreads) token_match_scores_kernel(TokenMatch
 // ---- 16-bit types: tensor cores ----
 
 template <class T>
-struct alignas(16)
-    Stage16 {  // channels of the tokens of a tile, two steps at a time; + 8: rows that are read together, different banks
-  T at[2][kTile][kDepth16 + 8];
-};
-
-// kDepth16 channels of every token of a tile into one half of a stage: 4 threads per token, 8 neighbouring channels each.
-template <class T>
-__device__ __forceinline__ void stage16(const TokenMatchArgs& a, i64 b, const Side& side, i64 first, i64 c0, bool packs,
-                                        T (*stage)[kDepth16 + 8]) {
-  const int row = threadIdx.x / 4, column = threadIdx.x % 4 * 8;
-  const i64 index = first + row, left = index < side.count && c0 + column < a.C ? a.C - c0 - column : 0;
-  const T* x = token<T>(a, b, left ? side.position(index) : 0) + (left ? (c0 + column) * a.x_stride_c : 0);
-  if (packs) {
-    copy_async(&stage[row][column], x, static_cast<int>(left < 8 ? left : 8) * static_cast<int>(sizeof(T)));
-  } else {
-    for (int k = 0; k < 8; ++k) stage[row][column + k] = k < left ? x[k * a.x_stride_c] : from_float<T>(0);
-  }
+__device__ __forceinline__ PairRow<T> pair_row_of(const TokenMatchArgs& a, i64 b, const Side& side, i64 first) {
+  const i64 index = first + threadIdx.x / 4;
+  const bool there = index < side.count;
+  return {token<T>(a, b, there ? side.position(index) : 0), there ? a.C : 0, a.x_stride_c};
 }
 
-// Products of 16 sources and 32 destinations of a staged step, by one warp: sum[j] is the tile of destinations 8j … 8j+7.
-template <class T>
-__device__ __forceinline__ void multiply_step(float (&sum)[4][4], const T (*sources)[kDepth16 + 8],
-                                              const T (*destinations)[kDepth16 + 8]) {
-  const int lane = threadIdx.x % kWarp;
-  for (int c = 0; c < kDepth16; c += 16) {
-    u32 x[4], y[4];
-    load_matrices(x, &sources[lane % 16][c + lane / 16 * 8]);
-    for (int pair = 0; pair < 4; pair += 2) {
-      load_matrices(y, &destinations[8 * pair + lane / 16 * 8 + lane % 8][c + lane / 8 % 2 * 8]);
-      multiply_16x8x16<T>(sum[pair], x, y[0], y[1]);
-      multiply_16x8x16<T>(sum[pair + 1], x, y[2], y[3]);
-    }
-  }
-}
-
-// Block ↔ the same work as above; copies of the next step are under way while one is multiplied.
+// Block ↔ the same work as above.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     token_match_scores16_kernel(TokenMatchArgs a, i64 source_tiles, int splits, bool packs) {
-  __shared__ Stage16<T> sources, destinations;
+  __shared__ PairStage<T> sources, destinations;
   __shared__ Best partial[kTile][2];
-  const i64 steps = (a.C + kDepth16 - 1) / kDepth16;
-  const int lane = threadIdx.x % kWarp, upper = threadIdx.x / kWarp / 2 * 16, left = threadIdx.x / kWarp % 2 * 32;
   for (i64 task = blockIdx.x; task < a.B * source_tiles * splits; task += gridDim.x) {
     const i64 split = task % splits, b = task / splits / source_tiles, i0 = task / splits % source_tiles * kTile;
     const Side source(a, b, 0), destination(a, b, 1);
     if (i0 >= source.count) continue;  // fewer sources than there could be
     const i64 tiles = (destination.count + kTile - 1) / kTile;
     const float* inverse = part<float>(a, Work(a).inverse_norm) + b * a.N;
+    const PairRow<T> row = pair_row_of<T>(a, b, source, i0);
     Best best[2] = {{0, -1}, {0, -1}};
     for (i64 tile = tiles * split / splits; tile < tiles * (split + 1) / splits; ++tile) {
       const i64 j0 = tile * kTile;
       float sum[4][4] = {};
-      const auto stage = [&](i64 step) {
-        if (step < steps) {
-          stage16<T>(a, b, source, i0, step * kDepth16, packs, sources.at[step % 2]);
-          stage16<T>(a, b, destination, j0, step * kDepth16, packs, destinations.at[step % 2]);
-        }
-        copy_commit();
-      };
-      stage(0);
-      for (i64 step = 0; step < steps; ++step) {
-        stage(step + 1);
-        copy_wait<1>();
-        __syncthreads();  // this step is staged
-        multiply_step<T>(sum, sources.at[step % 2] + upper, destinations.at[step % 2] + left);
-        __syncthreads();  // everyone is through with it before it is overwritten
-      }
+      multiply_pairs(sum, row, pair_row_of<T>(a, b, destination, j0), a.C, packs, sources, destinations);
       for (int j = 0; j < 4; ++j)
         for (int k = 0; k < 4; ++k) {
-          const i64 p = i0 + upper + lane / 4 + k / 2 * 8, q = j0 + left + 8 * j + lane % 4 * 2 + k % 2;
+          const i64 p = i0 + pair_row(k), q = j0 + pair_other(j, k);
           if (p < source.count && q < destination.count)
             best[k / 2] = offer(best[k / 2], sum[j][k], inverse, source.position(p), destination.position(q));
         }
@@ -231,7 +186,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int k = 0; k < 2; ++k) {
       for (int lanes = 2; lanes; lanes /= 2)
         best[k] = better(best[k], Best{shuffle_xor(best[k].score, lanes), shuffle_xor(best[k].destination, lanes)});
-      if (lane % 4 == 0) partial[upper + lane / 4 + 8 * k][left / 32] = best[k];
+      if (threadIdx.x % 4 == 0) partial[pair_row(2 * k)][threadIdx.x / kWarp % 2] = best[k];
     }
     __syncthreads();  // both halves of the destinations are settled
     if (threadIdx.x < kTile && i0 + threadIdx.x < source.count)
@@ -332,8 +287,7 @@ void token_match_cuda(const TokenMatchArgs& a, int device, void* stream) {
            dim3(kThreads), stream, a);
     const dim3 grid(grid_for(a.B * source_tiles * splits));
     if constexpr (sizeof(T) == 2) {
-      const bool packs =
-          a.x_stride_c == 1 && a.x_stride_n % 8 == 0 && a.x_stride_b % 8 == 0 && reinterpret_cast<std::uintptr_t>(a.x) % 16 == 0;
+      const bool packs = pair_packs(a.x, a.x_stride_b, a.x_stride_n, a.x_stride_c);
       launch("token_match_scores16_kernel", token_match_scores16_kernel<T>, grid, dim3(kThreads), stream, a, source_tiles, splits,
              packs);
     } else {
