@@ -60,21 +60,30 @@ void diverse(const Raw& x, std::int64_t k, const Optional& relevance, bool dpp, 
   run(args, place, token_diverse_cpu, EFFVLM_CUDA_FORM(token_diverse));
 }
 
-std::int64_t match_workspace(const Raw& x_raw, std::int64_t, bool, const Place& place) {
-  const View x = view(x_raw);
-#if EFFVLM_WITH_CUDA
-  if (kEmulated || std::get<0>(place) >= 0) return token_match_workspace_cuda(x.shape[0], x.shape[1], x.shape[2], x.dtype);
-#endif
-  return token_match_workspace_cpu(x.shape[0], x.shape[1], x.shape[2], x.dtype, x.stride[2] != 1, std::get<2>(place));
+TokenMatchArgs match_args(const Raw& x_raw, std::int64_t r, bool cosine, const Optional& role_raw, const Place& place) {
+  const View x = view(x_raw), role = view(role_raw);
+  TokenMatchArgs args{};
+  args.B = x.shape[0], args.N = x.shape[1], args.C = x.shape[2], args.r = r, args.cosine = cosine, args.dtype = x.dtype;
+  args.x = x.data, args.x_stride_b = x.stride[0], args.x_stride_n = x.stride[1], args.x_stride_c = x.stride[2];
+  args.role = role.as<std::uint8_t>(), args.role_stride_b = role.stride[0], args.role_stride_n = role.stride[1];
+  args.threads = std::get<2>(place);
+  return args;
 }
 
-void match(const Raw& x_raw, std::int64_t r, bool cosine, const Raw& score, const Raw& partner, const Raw& group,
-           const Raw& workspace, const Place& place) {
-  const View x = view(x_raw);
-  run(TokenMatchArgs{x.shape[0], x.shape[1], x.shape[2], r, cosine, x.dtype, x.data, x.stride[0], x.stride[1], x.stride[2],
-                     view(score).as<float>(), view(partner).as<std::int32_t>(), view(group).as<std::int32_t>(),
-                     view(workspace).data, view(workspace).shape[0], std::get<2>(place)},
-      place, token_match_cpu, EFFVLM_CUDA_FORM(token_match));
+std::int64_t match_workspace(const Raw& x, std::int64_t r, bool cosine, const Optional& role, const Place& place) {
+  const TokenMatchArgs args = match_args(x, r, cosine, role, place);
+#if EFFVLM_WITH_CUDA
+  if (kEmulated || std::get<0>(place) >= 0) return token_match_workspace_cuda(args);
+#endif
+  return TokenMatchLayout(args).bytes;
+}
+
+void match(const Raw& x, std::int64_t r, bool cosine, const Optional& role, const Raw& score, const Raw& partner,
+           const Raw& group, const Raw& workspace, const Place& place) {
+  TokenMatchArgs args = match_args(x, r, cosine, role, place);
+  args.score = view(score).as<float>(), args.partner = view(partner).as<std::int32_t>();
+  args.group = view(group).as<std::int32_t>(), args.workspace = view(workspace).data;
+  run(args, place, token_match_cpu, EFFVLM_CUDA_FORM(token_match));
 }
 
 std::int64_t merge_workspace(const Raw& x_raw, const Raw&, std::int64_t M, const Optional&, const Place&) {

@@ -75,8 +75,8 @@ def test_reference_backend_runs_the_reference() -> None:
     op = _library.OPS["token_match"]
     watched = _library.Op(op.name, op.check, op.allocate, lambda *a: calls.append(1) or op.reference(*a))
     with _library.backend("reference"):
-        _library._run(watched, x, 3, True)
-    _library._run(watched, x, 3, True)
+        _library._run(watched, x, 3, True, None)
+    _library._run(watched, x, 3, True, None)
     assert calls == [1]
 
 
@@ -98,7 +98,7 @@ def test_cuda_tensors_without_cuda_say_what_to_do(monkeypatch: pytest.MonkeyPatc
     op = _library.OPS["token_match"]
     meta = _library.Op(op.name, lambda *a: None, lambda *a: (_Cuda(),), op.reference)
     with pytest.raises(RuntimeError, match="EFFVLM_CUDA=ON"):
-        _library._run(meta, torch.zeros(1, 4, 4), 1, True)
+        _library._run(meta, torch.zeros(1, 4, 4), 1, True, None)
 
 
 class _Cuda:

@@ -37,6 +37,48 @@ def test_zero_tokens_score_zero(level: str) -> None:
     assert (match.partner == 1).all()
 
 
+def test_roles_that_alternate_are_those_without(level: str) -> None:
+    with at(level) as device:
+        x = torch.randn(2, 301, 70, device=device)
+        role = (1 + torch.arange(301, device=device) % 2).to(torch.uint8)
+        plain, match = effvlm.token_match(x, 60), effvlm.token_match(x, 60, role=role)
+    assert torch.equal(match.score[:, ::2], plain.score)
+    assert torch.equal(match.partner[:, ::2], plain.partner)
+    assert torch.equal(match.group, plain.group)
+    assert (match.score[:, 1::2] == -torch.inf).all()
+    assert (match.partner[:, 1::2] == -1).all()
+
+
+def test_what_has_no_role_may_be_anything_and_stays(level: str) -> None:
+    """Padding: entries of several lengths give what each gives alone."""
+    lengths, g = (260, 97, 1), torch.Generator().manual_seed(2)
+    with at(level) as device:
+        x = torch.randn(3, 260, 64, generator=g)
+        role = torch.randint(1, 3, (3, 260), generator=g, dtype=torch.int8)
+        for b, n in enumerate(lengths):
+            x[b, n:], role[b, n:] = torch.nan, 0
+        x, role = x.to(device), role.to(device)
+        match = effvlm.token_match(x, 0, metric="dot", role=role)
+        for b, n in enumerate(lengths):
+            alone = effvlm.token_match(x[b : b + 1, :n], 0, metric="dot", role=role[b : b + 1, :n])
+            assert torch.allclose(match.score[b, :n], alone.score[0], rtol=1e-5, atol=1e-5)
+            assert torch.equal(match.partner[b, :n], alone.partner[0])
+            assert (match.partner[b, n:] == -1).all()
+    assert torch.equal(match.group.cpu(), torch.arange(260, dtype=torch.int32).expand(3, -1))
+
+
+def test_more_pairs_than_sources(level: str) -> None:
+    """The CPU says so; CUDA, where counting would wait for the device, merges what there is."""
+    with at(level) as device:
+        x, role = torch.ones(1, 9, 8, device=device), torch.tensor([0, 1, 2, 1, 2, 0, 1, 0, 2], dtype=torch.uint8, device=device)
+        if level in ("simt", "cuda"):
+            assert effvlm.token_match(x, 5, role=role).group.tolist() == [[0, 1, 1, 1, 2, 3, 1, 4, 5]]
+            assert effvlm.token_match(x, 5, role=role.clamp_max(1)).group.tolist() == [list(range(9))]
+        else:
+            with pytest.raises(ValueError, match="3 at batch 0, got r = 5"):
+                effvlm.token_match(x, 5, role=role)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
 def test_tokens_that_are_not_finite_are_named(value: float) -> None:
     x = torch.randn(3, 140, 64)
@@ -54,7 +96,7 @@ def test_memory_grows_with_tokens_not_their_square() -> None:
     from effvlm import _core
 
     def workspace(N: int) -> int:
-        return int(_core.token_match_workspace((0, (1, N, 64), (N * 64, 64, 1), 0, -1), 0, True, (-1, 0, 2)))
+        return int(_core.token_match_workspace((0, (1, N, 64), (N * 64, 64, 1), 0, -1), 0, True, None, (-1, 0, 2)))
 
     assert workspace(64_000) < 4.2 * workspace(16_000)
     assert workspace(64_000) < 64_000 * 2_000  # the similarities alone would be 4 GB

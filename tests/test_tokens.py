@@ -137,6 +137,19 @@ def test_groups() -> None:
     assert torch.equal(windows.label[windows.order], windows.label.sort().values)
 
 
+@pytest.mark.parametrize("group", [Image(), Crop(), Window(2, 3)])
+def test_matches_stay_within_a_group(group: Image | Crop | Window) -> None:
+    tokens = _grid(3, 5, 7)
+    role = torch.randint(3, (len(tokens),), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
+    parts = Segments.of(tokens, group)
+    score, partner = parts.match(tokens.x, role)
+    unit = torch.nn.functional.normalize(tokens.x, dim=1)
+    able = (role == 1)[:, None] & (role == 2) & (parts.label[:, None] == parts.label)
+    wanted, best = (unit @ unit.T).masked_fill(~able, -torch.inf).max(1)
+    assert torch.allclose(score, wanted)
+    assert torch.equal(partner, torch.where(able.any(1), best, -1))
+
+
 def test_previous_finds_the_same_place_a_frame_before_in_videos_only() -> None:
     assert previous(_grid(3, 2, 2), 1).tolist() == [-1] * 4 + list(range(8))
     assert previous(_grid(3, 2, 2), 2).tolist() == [-1] * 8 + list(range(4))

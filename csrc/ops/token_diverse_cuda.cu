@@ -1,5 +1,5 @@
 #include "core/cuda/launch.cuh"
-#include "core/cuda/mma.cuh"
+#include "core/cuda/pairs16.cuh"
 #include "core/dispatch.h"
 #include "ops/token_diverse.h"
 
@@ -9,10 +9,9 @@ namespace {
 using i64 = std::int64_t;
 using i32 = std::int32_t;
 
-constexpr int kTile = 64;      // tokens on both sides of a tile of cosines
-constexpr int kDepth = 16;     // channels staged at a time
-constexpr int kDepth16 = 32;   // the same for 16-bit types
-constexpr int kThreads = 256;  // 16 × 16 threads with 4 × 4 pairs each; in 16-bit types 4 × 2 warps with 16 × 32 pairs
+constexpr int kTile = kPairRows;  // tokens on both sides of a tile of cosines
+constexpr int kDepth = 16;        // channels staged at a time
+constexpr int kThreads = 256;     // 16 × 16 threads with 4 × 4 pairs each; in 16-bit types 4 × 2 warps with 16 × 32 pairs
 constexpr int kPickThreads = 512;
 
 // Workspace, all f32: 1/‖x‖ (B,N), 0 for zeros and what is not finite; cosines (B,N,N); value (B,N); DPP: δ (B,N), c (B,k,N).
@@ -99,67 +98,22 @@ __global__ void __launch_bounds__(kThreads) token_diverse_cosines_kernel(TokenDi
 // ---- 16-bit types: tensor cores ----
 
 template <class T>
-struct alignas(16) Stage16 {  // two steps of channels of the tokens of a tile; + 8: rows read together, different banks
-  T at[2][kTile][kDepth16 + 8];
-};
-
-// kDepth16 channels of every token of a tile into one half of a stage: 4 threads per token, 8 neighbouring channels each.
-template <class T>
-__device__ __forceinline__ void stage16(const TokenDiverseArgs& a, i64 b, i64 first, i64 c0, bool packs,
-                                        T (*stage)[kDepth16 + 8]) {
-  const int row = threadIdx.x / 4, column = threadIdx.x % 4 * 8;
-  const i64 index = first + row, left = index < a.N && c0 + column < a.C ? a.C - c0 - column : 0;
-  const T* x = token<T>(a, b, left ? index : 0) + (left ? (c0 + column) * a.x_stride_c : 0);
-  if (packs) {
-    copy_async(&stage[row][column], x, static_cast<int>(left < 8 ? left : 8) * static_cast<int>(sizeof(T)));
-  } else {
-    for (int k = 0; k < 8; ++k) stage[row][column + k] = k < left ? x[k * a.x_stride_c] : from_float<T>(0);
-  }
+__device__ __forceinline__ PairRow<T> pair_row_of(const TokenDiverseArgs& a, i64 b, i64 first) {
+  const i64 n = first + threadIdx.x / 4;
+  return {token<T>(a, b, n < a.N ? n : 0), n < a.N ? a.C : 0, a.x_stride_c};
 }
 
-// Products of 16 × 32 tokens of a staged step, by one warp: sum[j] is the tile of right tokens 8j … 8j+7.
-template <class T>
-__device__ __forceinline__ void multiply_step(float (&sum)[4][4], const T (*left)[kDepth16 + 8], const T (*right)[kDepth16 + 8]) {
-  const int lane = threadIdx.x % kWarp;
-  for (int c = 0; c < kDepth16; c += 16) {
-    u32 x[4], y[4];
-    load_matrices(x, &left[lane % 16][c + lane / 16 * 8]);
-    for (int pair = 0; pair < 4; pair += 2) {
-      load_matrices(y, &right[8 * pair + lane / 16 * 8 + lane % 8][c + lane / 8 % 2 * 8]);
-      multiply_16x8x16<T>(sum[pair], x, y[0], y[1]);
-      multiply_16x8x16<T>(sum[pair + 1], x, y[2], y[3]);
-    }
-  }
-}
-
-// Block ↔ the same work as above; copies of the next step are under way while one is multiplied.
+// Block ↔ the same work as above.
 template <class T>
 __global__ void __launch_bounds__(kThreads) token_diverse_cosines16_kernel(TokenDiverseArgs a, bool packs) {
-  __shared__ Stage16<T> left, right;
-  const int steps = static_cast<int>((a.C + kDepth16 - 1) / kDepth16);
-  const int lane = threadIdx.x % kWarp, upper = threadIdx.x / kWarp / 2 * 16, across = threadIdx.x / kWarp % 2 * 32;
+  __shared__ PairStage<T> left, right;
   const i64 i0 = static_cast<i64>(blockIdx.y) * kTile, j0 = static_cast<i64>(blockIdx.x) * kTile;
   if (j0 < i0) return;
   for (i64 b = blockIdx.z; b < a.B; b += gridDim.z) {
     float sum[4][4] = {};
-    const auto stage = [&](int step) {
-      if (step < steps) {
-        stage16<T>(a, b, i0, static_cast<i64>(step) * kDepth16, packs, left.at[step % 2]);
-        stage16<T>(a, b, j0, static_cast<i64>(step) * kDepth16, packs, right.at[step % 2]);
-      }
-      copy_commit();
-    };
-    stage(0);
-    for (int step = 0; step < steps; ++step) {
-      stage(step + 1);
-      copy_wait<1>();
-      __syncthreads();  // this step is staged
-      multiply_step<T>(sum, left.at[step % 2] + upper, right.at[step % 2] + across);
-      __syncthreads();  // everyone is through with it before it is overwritten
-    }
+    multiply_pairs(sum, pair_row_of<T>(a, b, i0), pair_row_of<T>(a, b, j0), a.C, packs, left, right);
     for (int j = 0; j < 4; ++j)
-      for (int k = 0; k < 4; ++k)
-        put(a, b, i0 + upper + lane / 4 + k / 2 * 8, j0 + across + 8 * j + lane % 4 * 2 + k % 2, sum[j][k], i0 != j0);
+      for (int k = 0; k < 4; ++k) put(a, b, i0 + pair_row(k), j0 + pair_other(j, k), sum[j][k], i0 != j0);
   }
 }
 
@@ -279,8 +233,7 @@ void token_diverse_cuda(const TokenDiverseArgs& a, int device, void* stream) {
            dim3(kThreads), stream, a);
     const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(tiles), static_cast<unsigned>(a.B < 65535 ? a.B : 65535));
     if constexpr (sizeof(T) == 2) {
-      const bool packs =
-          a.x_stride_c == 1 && a.x_stride_n % 8 == 0 && a.x_stride_b % 8 == 0 && reinterpret_cast<std::uintptr_t>(a.x) % 16 == 0;
+      const bool packs = pair_packs(a.x, a.x_stride_b, a.x_stride_n, a.x_stride_c);
       launch("token_diverse_cosines16_kernel", token_diverse_cosines16_kernel<T>, grid, dim3(kThreads), stream, a, packs);
     } else {
       launch("token_diverse_cosines_kernel", token_diverse_cosines_kernel<T>, grid, dim3(kThreads), stream, a);

@@ -1,11 +1,10 @@
-#include <type_traits>
-
 #include "core/check.h"
 #include "core/cpu/dot.h"
 #include "core/cpu/parallel.h"
 #include "core/dispatch.h"
 #include "ops/token_match.h"
 #include "ops/token_match_screen.h"
+#include "ops/token_select_rank.h"
 
 namespace effvlm::EFFVLM_ISA {
 namespace {
@@ -15,64 +14,65 @@ using i32 = std::int32_t;
 
 constexpr i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 
-struct Scratch {
-  float* inverse_norm;  // (B,N): 1/‖x‖ for cosine, 1 for dot, 0 for a zero token
-  i64* bad_token;       // (threads): first token found that is not finite, or -1
-  void* packed;         // (B,N,C): x with contiguous channels, where x itself has not
-  ScreenScratch screen;
-};
-
-// Where screening pays: enough pairs for int8 to outweigh the rounding, and sums that stay inside 32 bits.
-bool pick_screened([[maybe_unused]] const TokenMatchArgs& a) {
-#if defined(__AVX512VNNI__)
-  return a.N >= kMatchScreened && a.C >= 64 && a.C <= kInt8MaxK;
-#else
-  return false;
-#endif
-}
-
-Scratch lay_out(const TokenMatchArgs& a, bool screened) {
-  char* next = static_cast<char*>(a.workspace);
-  const auto take = [&](auto*& p, i64 count) {
-    p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(next);
-    next += round_up(count * static_cast<i64>(sizeof *p), 64);
-  };
-  Scratch scratch{};
-  take(scratch.inverse_norm, a.B * a.N);
-  take(scratch.bad_token, a.threads);
-  ScreenScratch& s = scratch.screen;
-  s.S = (a.N + 1) / 2, s.D = a.N / 2;
-  if (screened) {
-    s.Sp = round_up(s.S, kMatchRows), s.Dp = round_up(s.D, kMatchPanel), s.K = round_up(a.C, kMatchChannels);
-    take(s.mean, a.B * s.K);
-    take(s.mean_square, a.B);
-    take(s.source, a.B * s.Sp * s.K);
-    take(s.destination, a.B * s.Dp * s.K);
-    for (float** field : {&s.row_scale, &s.row_error, &s.row_norm, &s.row_slack, &s.row_offset}) take(*field, a.B * s.Sp);
-    for (float** field : {&s.scale, &s.offset, &s.error, &s.norm, &s.reach}) take(*field, a.B * s.Dp);
-    take(s.shift, a.B * s.Dp);
-    take(s.row, a.threads * s.K);
-    take(s.strip, a.threads * kMatchStrip * s.Dp);
-  }
-  if (a.x_stride_c != 1) {
-    char* bytes;
-    take(bytes, a.B * a.N * a.C * (a.dtype == Dtype::f32 ? 4 : 2));
-    scratch.packed = bytes;
-  }
-  EFFVLM_CHECK(next <= static_cast<char*>(a.workspace) + a.workspace_bytes, "token_match: workspace of %lld bytes is too small",
-               static_cast<long long>(a.workspace_bytes));
-  return scratch;
-}
+constexpr i32 kNeither = INT32_MIN;  // number of a token: i of source i, ~j of destination j, or this
 
 template <class T>
 struct Matcher {
   const TokenMatchArgs& a;
-  Scratch scratch;
-  i64 S, D;
+  TokenMatchLayout layout{a};
+
+  template <class P>
+  P* at(i64 offset, i64 index = 0) const {
+    return reinterpret_cast<P*>(static_cast<char*>(a.workspace) + offset) + index;
+  }
+
+  // Sources and destinations of a batch entry, by ascending position.
+  i64& sources(i64 b) const { return at<i64>(layout.count)[2 * b]; }
+  i64& destinations(i64 b) const { return at<i64>(layout.count)[2 * b + 1]; }
+  i32* sources_of(i64 b) const { return at<i32>(layout.sources, b * layout.S); }
+  i32* destinations_of(i64 b) const { return at<i32>(layout.destinations, b * layout.D); }
 
   const T* token(i64 b, i64 n) const {
-    if (scratch.packed) return static_cast<const T*>(scratch.packed) + (b * a.N + n) * a.C;
+    if (a.x_stride_c != 1) return at<T>(layout.packed, (b * a.N + n) * a.C);
     return static_cast<const T*>(a.x) + b * a.x_stride_b + n * a.x_stride_n;
+  }
+
+  // Where screening pays: enough pairs for int8 to outweigh the rounding, and sums that stay inside 32 bits.
+  bool may_screen() const {
+#if defined(__AVX512VNNI__)
+    return a.N >= 4 * kMatchScreened && a.C >= 64 && a.C <= kInt8MaxK;
+#else
+    return false;
+#endif
+  }
+  bool screens(i64 b) const {
+    const i64 S = sources(b), D = destinations(b);
+    return may_screen() && S * D >= kMatchScreened * (S + D);
+  }
+
+  MatchRole role(i64 b, i64 n) const {
+    if (!a.role) return n % 2 ? kMatchDestination : kMatchSource;
+    const std::uint8_t role = a.role[b * a.role_stride_b + n * a.role_stride_n];
+    if (role > kMatchDestination)
+      fail("token_match: expected role 0, 1 or 2, got %d at batch %lld, token %lld", role, static_cast<long long>(b),
+           static_cast<long long>(n));
+    return static_cast<MatchRole>(role);
+  }
+
+  void list_all() const {
+    for (i64 b = 0; b < a.B; ++b) {
+      i64 &S = sources(b) = 0, &D = destinations(b) = 0;
+      for (i64 n = 0; n < a.N; ++n) {
+        const MatchRole is = role(b, n);
+        i32& number = at<i32>(layout.number)[b * a.N + n] = kNeither;
+        if (is == kMatchSource) number = static_cast<i32>(S), sources_of(b)[S++] = static_cast<i32>(n);
+        if (is == kMatchDestination) number = ~static_cast<i32>(D), destinations_of(b)[D++] = static_cast<i32>(n);
+      }
+      if (a.r > (D ? S : 0))
+        fail("token_match: expected r <= the sources that have a destination, %lld at batch %lld, got r = %lld",
+             static_cast<long long>(D ? S : 0), static_cast<long long>(b), static_cast<long long>(a.r));
+    }
+    for (i64 i = 0; i < a.B * layout.width; ++i) a.score[i] = a.role ? -INFINITY : 0, a.partner[i] = -1;
   }
 
   float squared_norm(const T* x) const {
@@ -88,19 +88,17 @@ struct Matcher {
   }
 
   float inverse_of(float square) const { return !a.cosine ? 1.0f : square > 0 ? 1 / std::sqrt(square) : 0.0f; }
-  float inverse(i64 b, i64 n) const { return scratch.inverse_norm[b * a.N + n]; }
+  float inverse(i64 b, i64 n) const { return at<float>(layout.inverse_norm)[b * a.N + n]; }
 
-  float score(i64 b, i64 source, i64 destination, float dot) const {
-    return dot * inverse(b, 2 * destination + 1) * inverse(b, 2 * source) + 0.0f;  // + 0: no −0, whose bits sort below +0
+  float score(i64 b, i64 p, i64 q, float dot) const {  // of the source and the destination at these positions
+    const float* inverse = at<float>(layout.inverse_norm, b * a.N);
+    return dot * inverse[q] * inverse[p] + 0.0f;  // + 0: no −0, whose bits sort below +0
   }
 
-  void keep_best(i64 b, i64 source, i64 destination, float dot) const {  // called by ascending destination
-    const float value = score(b, source, destination, dot);
-    float& best = a.score[b * S + source];
-    if (value > best || a.partner[b * S + source] < 0) {
-      best = value;
-      a.partner[b * S + source] = static_cast<i32>(2 * destination + 1);
-    }
+  void keep_best(i64 b, i32 p, i32 q, float dot) const {  // called by ascending q
+    const float value = score(b, p, q, dot);
+    const i64 at = b * layout.width + (a.role ? p : p / 2);
+    if (value > a.score[at] || a.partner[at] < 0) a.score[at] = value, a.partner[at] = q;
   }
 
   // Every pair in f32, blocks of MR sources × 4 destinations in registers.
@@ -110,15 +108,17 @@ struct Matcher {
 #else
     constexpr int MR = 2;  // 16 registers
 #endif
+    const i64 D = destinations(b);
+    const i32 *source = sources_of(b), *destination = destinations_of(b);
     float dot[MR * 4];
     const T *rows[MR], *columns[4];
     for (i64 j = 0; j < D; j += 4) {
-      for (int k = 0; k < 4; ++k) columns[k] = token(b, 2 * (j + k < D ? j + k : D - 1) + 1);
+      for (int k = 0; k < 4; ++k) columns[k] = token(b, destination[j + k < D ? j + k : D - 1]);
       for (i64 i = first; i < last; i += MR) {
-        for (int k = 0; k < MR; ++k) rows[k] = token(b, 2 * (i + k < last ? i + k : last - 1));
+        for (int k = 0; k < MR; ++k) rows[k] = token(b, source[i + k < last ? i + k : last - 1]);
         dots<T, MR, 4, 1>(rows, columns, a.C, dot);
         for (int k = 0; k < MR && i + k < last; ++k)
-          for (int l = 0; l < 4 && j + l < D; ++l) keep_best(b, i + k, j + l, dot[l * MR + k]);
+          for (int l = 0; l < 4 && j + l < D; ++l) keep_best(b, source[i + k], destination[j + l], dot[l * MR + k]);
       }
     }
   }
@@ -139,126 +139,87 @@ struct Matcher {
     });
   }
 
-  // inverse_norm of every token, and whatever `then(b, n, ‖x‖², thread)` wants done while the token is in the cache.
-  template <class Then>
-  void measure_all(Then&& then) const {
-    for (int t = 0; t < a.threads; ++t) scratch.bad_token[t] = -1;
+  // inverse_norm of every source and destination; and those of entries that are screened are rounded while they are in the cache.
+  void measure_all(const Screen<T, Matcher>& screen) const {
+    i64* bad = at<i64>(layout.bad);
+    for (int t = 0; t < a.threads; ++t) bad[t] = -1;
     constexpr i64 kAPanel = 2 * kMatchPanel;  // of destinations, with the sources between them: its lines belong to one thread
     parallel_for(a.B * a.N, round_up(1 + 8192 / (a.C + 1), kAPanel), a.threads, [&](i64 begin, i64 end, int thread) {
       for (i64 t = begin; t < end; ++t) {
-        const float square = squared_norm(token(t / a.N, t % a.N));
-        scratch.inverse_norm[t] = inverse_of(square);
-        i64& bad = scratch.bad_token[thread];
-        if (!(square <= 3.4028235e38f)) bad = bad < 0 || t < bad ? t : bad;
-        then(t / a.N, t % a.N, square, thread);
+        const i64 b = t / a.N, n = t % a.N;
+        const i32 number = at<i32>(layout.number)[t];
+        if (number == kNeither) continue;
+        const float square = squared_norm(token(b, n));
+        at<float>(layout.inverse_norm)[t] = inverse_of(square);
+        if (!(square <= 3.4028235e38f)) bad[thread] = bad[thread] < 0 || t < bad[thread] ? t : bad[thread];
+        if (screens(b)) screen.round(b, number, square, thread);
       }
     });
-    i64 bad = -1;
+    i64 first = -1;
     for (int t = 0; t < a.threads; ++t)
-      if (scratch.bad_token[t] >= 0 && (bad < 0 || scratch.bad_token[t] < bad)) bad = scratch.bad_token[t];
-    if (bad >= 0)
+      if (bad[t] >= 0 && (first < 0 || bad[t] < first)) first = bad[t];
+    if (first >= 0)
       fail("token_match: expected finite tokens, got NaN, Inf or a squared norm beyond float32 at batch %lld, token %lld",
-           static_cast<long long>(bad / a.N), static_cast<long long>(bad % a.N));
+           static_cast<long long>(first / a.N), static_cast<long long>(first % a.N));
   }
 
-  // match_rows(b, first, last, thread) over blocks of `rows` sources.
-  template <class MatchRows>
-  void match_all(i64 rows, MatchRows&& match_rows) const {
-    const i64 blocks = (S + rows - 1) / rows;
+  void match_all(const Screen<T, Matcher>& screen) const {
+    constexpr i64 kRows = 32;  // of what is not screened: they stay in the second-level cache while the destinations stream by
+    const i64 rows = may_screen() ? kStripRows : kRows, blocks = (layout.S + rows - 1) / rows;
     parallel_for(a.B * blocks, 1, a.threads, [&](i64 begin, i64 end, int thread) {
       for (i64 t = begin; t < end; ++t) {
-        const i64 b = t / blocks, first = t % blocks * rows, last = first + rows < S ? first + rows : S;
-        for (i64 i = b * S + first; i < b * S + last; ++i) a.score[i] = 0, a.partner[i] = -1;
-        match_rows(b, first, last, thread);
+        const i64 b = t / blocks, first = t % blocks * rows, last = first + rows < sources(b) ? first + rows : sources(b);
+        if (first >= last) continue;
+        if (screens(b)) {
+          screen.match_rows(b, first, last, thread);
+        } else {
+          match_rows(b, first, last);
+        }
       }
     });
   }
 
-  void match_directly() const {
-    constexpr i64 kRows = 32;  // their rows stay in the second-level cache while the destinations stream by
-    measure_all([](i64, i64, float, int) {});
-    match_all(kRows, [&](i64 b, i64 first, i64 last, int) { match_rows(b, first, last); });
+  // Place i of scores and partners is position i·step.
+  void make_groups(i64 b) const {
+    const i64 step = a.role ? 1 : 2, width = layout.width;
+    const float* score = a.score + b * width;
+    const i32* partner = a.partner + b * width;
+    i32* group = a.group + b * a.N;
+    const Keys keys{static_cast<i32>(width), at<std::uint32_t>(layout.keys, b * width)};
+    for (i64 i = 0; i < width; ++i) keys.keys[i] = partner[i] < 0 ? 0 : key_of(score[i]);
+    Cut cut = a.r ? keys.cut_at_rank(static_cast<i32>(a.r)) : Cut{~0u, 0};
+    constexpr i32 kMerged = -1;
+    i32 next = 0;
+    for (i64 n = 0; n < a.N; ++n) {
+      const std::uint32_t key = n % step == 0 ? keys.keys[n / step] : 0;
+      const bool merged = key > cut.key || (key == cut.key && cut.equal-- > 0);
+      group[n] = merged ? kMerged : next++;
+    }
+    for (i64 i = 0; i < width; ++i)
+      if (group[step * i] == kMerged) group[step * i] = group[partner[i]];
   }
 
-  void match_screened() const {
-#if defined(__AVX512VNNI__)
-    static_assert(kMatchRows % kStripRows == 0 && kMatchStrip >= kStripRows && kMatchPanel == kPanel,
-                  "paddings of the workspace");
-    const ScreenScratch& s = scratch.screen;
-    const Screen<T, Matcher> screen{*this, s};
+  void run() const {
+    list_all();
+    if (a.x_stride_c != 1) pack_all();
+    const Screen<T, Matcher> screen(*this);
     parallel_for(a.B, 1, a.threads, [&](i64 begin, i64 end, int) {
-      for (i64 b = begin; b < end; ++b) screen.find_mean(b), screen.pad_destinations(b);
+      for (i64 b = begin; b < end; ++b)
+        if (screens(b)) screen.find_mean(b), screen.pad_destinations(b);
     });
-    measure_all([&](i64 b, i64 n, float square, int thread) {
-      float* row = s.row + thread * s.K;
-      if (n % 2) {
-        screen.round_destination(b, n / 2, square, row);
-      } else {
-        screen.round_source(b, n / 2, square, row);
-      }
+    measure_all(screen);
+    match_all(screen);
+    parallel_for(a.B, 1, a.threads, [&](i64 begin, i64 end, int) {
+      for (i64 b = begin; b < end; ++b) make_groups(b);
     });
-    match_all(kStripRows, [&](i64 b, i64 first, i64 last, int thread) { screen.match_rows(b, first, last, thread); });
-#endif
   }
 };
-
-std::uint32_t sort_key(float x) {  // unsigned order of keys = order of floats
-  const std::uint32_t bits = f32_to_bits(x);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
-// The r-th largest key and how many keys equal to it are among the r largest: radix select, a byte at a time.
-std::uint32_t kth_key(const float* score, i64 S, i64 r, i64& equal) {
-  std::uint32_t prefix = 0;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    i64 count[256] = {};
-    for (i64 i = 0; i < S; ++i) {
-      const std::uint32_t key = sort_key(score[i]);
-      if (shift == 24 || (key ^ prefix) >> (shift + 8) == 0) ++count[key >> shift & 255];
-    }
-    int digit = 255;
-    for (; r > count[digit]; --digit) r -= count[digit];
-    prefix |= static_cast<std::uint32_t>(digit) << shift;
-  }
-  equal = r;
-  return prefix;
-}
-
-void make_groups(const TokenMatchArgs& a, i64 b) {
-  const i64 S = (a.N + 1) / 2;
-  const float* score = a.score + b * S;
-  const i32* partner = a.partner + b * S;
-  i32* group = a.group + b * a.N;
-  i64 equal = 0;
-  const std::uint32_t least = a.r ? kth_key(score, S, a.r, equal) : 0xffffffffu;
-  constexpr i32 kMerged = -1;
-  i32 next = 0;
-  for (i64 n = 0; n < a.N; ++n) {
-    const std::uint32_t key = n % 2 == 0 && a.r ? sort_key(score[n / 2]) : 0;
-    const bool merged = key > least || (key == least && equal-- > 0);
-    group[n] = merged ? kMerged : next++;
-  }
-  for (i64 i = 0; i < S; ++i)
-    if (group[2 * i] == kMerged) group[2 * i] = group[partner[i]];
-}
 
 }  // namespace
 
 void token_match_cpu(const TokenMatchArgs& a) {
   if (a.B == 0 || a.N == 0) return;
-  const bool screened = pick_screened(a);
-  by_float_dtype("token_match", a.dtype, [&](auto type) {
-    const Matcher<typename decltype(type)::type> matcher{a, lay_out(a, screened), (a.N + 1) / 2, a.N / 2};
-    if (a.x_stride_c != 1) matcher.pack_all();
-    if (screened) {
-      matcher.match_screened();
-    } else {
-      matcher.match_directly();
-    }
-  });
-  parallel_for(a.B, 1, a.threads, [&](i64 begin, i64 end, int) {
-    for (i64 b = begin; b < end; ++b) make_groups(a, b);
-  });
+  by_float_dtype("token_match", a.dtype, [&](auto type) { Matcher<typename decltype(type)::type>{a}.run(); });
 }
 
 }  // namespace effvlm::EFFVLM_ISA

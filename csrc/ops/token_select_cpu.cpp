@@ -1,8 +1,7 @@
 #include "core/check.h"
 #include "core/cpu/parallel.h"
-#include "core/cpu/simd.h"
 #include "ops/token_select.h"
-#include "ops/token_select_cut.h"
+#include "ops/token_select_rank.h"
 
 namespace effvlm::EFFVLM_ISA {
 namespace {
@@ -41,48 +40,14 @@ void check_values(const TokenSelectArgs& a) {
   }
 }
 
-struct Segment {
-  i32 n;
-  u32* keys;
+struct Segment : Keys {
   i64* units;  // of top_p
   bool* kept;
 
-  i32 count_from(u32 key) const {
-    i32 count = 0, i = 0;
-#if defined(__AVX512F__)  // masks are counted in one instruction; of comparisons GCC makes vectors to add
-    const __m512i least = _mm512_set1_epi32(static_cast<int>(key));
-    for (; i + 64 <= n; i += 64) {
-      std::uint64_t at_or_above = 0;
-      for (int k = 0; k < 4; ++k)
-        at_or_above |= std::uint64_t{_mm512_cmpge_epu32_mask(_mm512_loadu_si512(keys + i + 16 * k), least)} << 16 * k;
-      count += __builtin_popcountll(at_or_above);
-    }
-#endif
-    for (; i < n; ++i) count += keys[i] >= key;
-    return count;
-  }
-  u32 least_from(u32 key) const {
-    u32 least = ~0u;
-    for (i32 i = 0; i < n; ++i) {
-      const u32 candidate = keys[i] >= key ? keys[i] : ~0u;
-      least = candidate < least ? candidate : least;
-    }
-    return least;
-  }
   i64 units_from(u32 key) const {
     i64 sum = 0;
     for (i32 i = 0; i < n; ++i) sum += keys[i] >= key ? units[i] : 0;
     return sum;
-  }
-  // Keys are built from the highest bit down, as the highest with enough at or above it.
-  Cut cut_at_rank(i32 rank) const {  // 1: the highest
-    u32 key = 0;
-    for (u32 bit = 1u << 31; bit; bit >>= 1) {
-      const i32 count = count_from(key | bit);
-      if (count == rank) return {(key | bit) - 1, 0};
-      if (count > rank) key |= bit;
-    }
-    return {key, rank - count_from(key + 1)};
   }
   float score_of_rank(i32 rank) const {
     const Cut cut = cut_at_rank(rank);
@@ -152,9 +117,10 @@ void select(const TokenSelectArgs& a, i64 s) {
   const SelectLayout layout(a.N, a.rule);
   char* workspace = static_cast<char*>(a.workspace);
   const i64 first = a.start[s * a.start_stride];
-  const Segment segment{static_cast<i32>(a.start[(s + 1) * a.start_stride] - first),
-                        reinterpret_cast<u32*>(workspace + layout.keys) + first,
-                        reinterpret_cast<i64*>(workspace + layout.units) + first, a.kept + first};
+  const Segment segment{
+      {static_cast<i32>(a.start[(s + 1) * a.start_stride] - first), reinterpret_cast<u32*>(workspace + layout.keys) + first},
+      reinterpret_cast<i64*>(workspace + layout.units) + first,
+      a.kept + first};
   const float* score = a.score + first * a.score_stride;
   for (i32 i = 0; i < segment.n; ++i) segment.keys[i] = key_of(score[i * a.score_stride]);
   a.count[s] = segment.mark(segment.cut(a.rule, a.limit[s * a.limit_stride]));

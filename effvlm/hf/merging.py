@@ -41,10 +41,11 @@ class Merging:
                     f"reduce: expected a vision tower with layers of {', '.join(_PARTS)} to merge tokens in, "
                     f"got {type(tower).__name__}; use at='projector'"
                 )
-        self.groups: list[torch.Tensor] = []  # (B, N) int32 per layer
+        self.groups: list[torch.Tensor] = []  # (B, prefix + N) int32 per layer
         self.cluster: torch.Tensor | None = None  # (B, N) int64, the same number for places that share a token
         self._size: torch.Tensor | None = None
         self._keys: torch.Tensor | None = None
+        self._role: torch.Tensor | None = None  # (prefix + N,): of prefix tokens 0, of others 1 and 2 in turn
         self._pairs: list[int] = []
 
     @contextlib.contextmanager
@@ -78,8 +79,7 @@ class Merging:
         self, block: Any, index: int, hidden_states: torch.Tensor, attention_mask: Any = None, **kwargs: Any
     ) -> torch.Tensor:
         if index == 0:
-            self.groups, self._size, self.cluster = [], None, None
-            self._pairs = self.how.schedule(self.layers, hidden_states.shape[1] - self.prefix)
+            self._start(hidden_states)
         if attention_mask is not None:
             raise ValueError("reduce: expected images without padding to merge tokens in the vision tower; use at='projector'")
         attended, _ = block.self_attn(hidden_states=block.layer_norm1(hidden_states), attention_mask=None, **kwargs)
@@ -89,14 +89,19 @@ class Merging:
         mixed: torch.Tensor = hidden_states + block.mlp(block.layer_norm2(hidden_states))
         return mixed
 
+    def _start(self, x: torch.Tensor) -> None:
+        self.groups, self._size, self.cluster, self._role = [], None, None, None
+        self._pairs = self.how.schedule(self.layers, x.shape[1] - self.prefix)
+        if self.prefix:
+            place = torch.arange(x.shape[1], device=x.device) - self.prefix
+            self._role = torch.where(place < 0, 0, 1 + place % 2).to(torch.uint8)
+
     def _merge(self, x: torch.Tensor, r: int) -> torch.Tensor:
         assert self._keys is not None
-        keys = self._keys.mean(1)[:, self.prefix :]
-        group = token_match(keys, r, metric=self.how.metric).group
+        keys = self._keys.sum(1, dtype=torch.float32)  # the mean but for a factor, which changes no match
+        role = None if self._role is None else self._role[: x.shape[1]]
+        group = token_match(keys, r, metric=self.how.metric, role=role).group
         self.groups.append(group)
-        if self.prefix:  # prefix tokens are groups of their own
-            own = torch.arange(self.prefix, dtype=torch.int32, device=group.device).expand(len(group), -1)
-            group = torch.cat([own, group + self.prefix], dim=1)
         out, size = token_merge(x, group, x.shape[1] - r, weight=self._size if self.how.weighted else None)
         self._size = size if self.how.weighted else None
         return out
@@ -105,18 +110,17 @@ class Merging:
         """What follows the tower expects whole grids: every place gets the features of the token that it was merged into."""
         if not self.groups:
             return output
-        member = self.groups[0].long()
+        index = self.groups[0].long()
         for group in self.groups[1:]:
-            member = group.long().gather(1, member)
+            index = group.long().gather(1, index)
         merged = int(self.groups[-1].max()) + 1
-        self.cluster = member + torch.arange(len(member), device=member.device)[:, None] * merged
-        prefix = torch.arange(self.prefix, device=member.device).expand(len(member), -1)
-        index = torch.cat([prefix, member + self.prefix], dim=1)
+        index = index + torch.arange(len(index), device=index.device)[:, None] * merged
+        self.cluster = index[:, self.prefix :]
 
         def whole(x: Any) -> Any:
-            if not isinstance(x, torch.Tensor) or x.dim() != 3 or x.shape[1] != merged + self.prefix:
+            if not isinstance(x, torch.Tensor) or x.dim() != 3 or x.shape[1] != merged:
                 return x
-            return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+            return x.flatten(0, 1)[index]
 
         output.last_hidden_state = whole(output.last_hidden_state)
         if output.get("hidden_states") is not None:

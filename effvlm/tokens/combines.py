@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -70,16 +69,8 @@ class Nearest:
 def nearest(tokens: Tokens, features: torch.Tensor, source: torch.Tensor, target: torch.Tensor, group: Group) -> torch.Tensor:
     """(N,) int64: for each token of ``source`` the ``target`` of its group with the highest cosine (ties: the lowest); −1
     elsewhere, and where a group has no target."""
-    unit = torch.nn.functional.normalize(features.float(), dim=-1)
-    parts = Segments.of(tokens, group)
-    anchor = torch.full((len(tokens),), -1, dtype=torch.long, device=unit.device)
-    bounds = parts.start.tolist()
-    for a, b in itertools.pairwise(bounds):
-        rows = parts.order[a:b]
-        here, there = rows[source[rows]], rows[target[rows]]
-        if len(here) and len(there):
-            anchor[here] = there[(unit[here] @ unit[there].T).argmax(1)]
-    return anchor
+    role = torch.where(target, 2, source.to(torch.uint8))
+    return Segments.of(tokens, group).match(features, role.to(torch.uint8))[1]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from effvlm.ops.token_match import token_match
 from effvlm.ops.token_select import token_select
 from effvlm.tokens.tokens import Tokens
 
@@ -108,3 +109,25 @@ class Segments:
         """(N,) bool: which tokens ``rule`` keeps in each group, see :func:`effvlm.ops.token_select`."""
         kept = token_select(score.float()[self.order], limit.float(), rule=rule, start=self.start).kept
         return torch.zeros_like(kept).scatter_(0, self.order, kept)
+
+    def match(self, features: torch.Tensor, role: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Largest cosine of each source with a destination of its group, and which destination that is (ties: the lowest).
+
+        Args:
+            features: (N, C) float32, float16 or bfloat16; they are compared where they are.
+            role: (N,) uint8, as for :func:`effvlm.ops.token_match`: 1 a source, 2 a destination, 0 neither.
+
+        Returns:
+            (N,) float32 and (N,) int64; −inf and −1 of what is no source, and where a group has no destination.
+        """
+        N = len(features)
+        score = torch.full((N,), -torch.inf, device=features.device)
+        partner = torch.full((N,), -1, dtype=torch.long, device=features.device)
+        first, last = self.order[self.start[:-1].long()].tolist(), self.order[self.start[1:].long() - 1].tolist()
+        for g, (a, z) in enumerate(zip(first, last, strict=True)):
+            span = slice(a, z + 1)  # a group and perhaps tokens of others
+            match = token_match(features[None, span], 0, role=torch.where(self.label[span] == g, role[span], 0))
+            found = match.partner[0] >= 0
+            score[span] = torch.where(found, match.score[0], score[span])
+            partner[span] = torch.where(found, match.partner[0] + a, partner[span])
+        return score, partner

@@ -177,9 +177,5 @@ class Likeness:
         parts = Segments.of(tokens, self.group)
         limit = torch.full((parts.count,), float(self.pivots), device=norm.device)
         pivot = parts.select(norm, limit, "top")
-        unit = tokens.x / norm.clamp_min(1e-12)[:, None].to(tokens.x.dtype)
-        score = torch.empty_like(norm)
-        for g in range(parts.count):
-            rows = parts.order[parts.start[g] : parts.start[g + 1]]
-            score[rows] = (unit[rows] @ unit[rows[pivot[rows]]].T).amax(1).float()
+        score, _ = parts.match(tokens.x, 1 + pivot.to(torch.uint8))
         return score.masked_fill(pivot, -1.0)

@@ -10,20 +10,20 @@ from effvlm.ops import token_match, token_merge
 from effvlm.ops.token_match import reference as match_reference
 from effvlm.ops.token_merge import reference as merge_reference
 from specs import Case, Spec, Tensors
-from specs.token_match import CASES, inputs
+from specs.token_match import CASES, flops, inputs
 
 
-def step(x: torch.Tensor, r: int, cosine: bool) -> Tensors:
-    match = token_match(x, r, metric="cosine" if cosine else "dot")
+def step(x: torch.Tensor, r: int, cosine: bool, role: torch.Tensor | None) -> Tensors:
+    match = token_match(x, r, metric="cosine" if cosine else "dot", role=role)
     return tuple(token_merge(x, match.group, x.shape[1] - r))
 
 
-def step_reference(x: torch.Tensor, r: int, cosine: bool) -> Tensors:
-    group = match_reference(x, r, cosine)[2]
+def step_reference(x: torch.Tensor, r: int, cosine: bool, role: torch.Tensor | None) -> Tensors:
+    group = match_reference(x, r, cosine, role)[2]
     return merge_reference(x, group, x.shape[1] - r, None)
 
 
-def torch_step(x: torch.Tensor, r: int, cosine: bool) -> Any:
+def torch_step(x: torch.Tensor, r: int, cosine: bool, role: torch.Tensor | None) -> Any:
     """ToMe, §3: all similarities, maximum, sort, gather, scatter the weighted sums, divide by the sizes."""
     metric = x / x.norm(dim=-1, keepdim=True)
     best, partner = (metric[:, ::2] @ metric[:, 1::2].mT).max(dim=-1)
@@ -50,12 +50,12 @@ def _moved(case: Case, dtype: torch.dtype) -> float:
 
 SPEC = Spec(
     op="tome_step",
-    cases=(CASES[0], *(c for c in CASES if c.bench)),
+    cases=(CASES[0], *(c for c in CASES if c.bench and "roles" not in c.options)),
     inputs=inputs,
     tolerance=("one_rounding", "reduction"),
     run=step,
     reference=step_reference,
     peers={"torch (published form)": torch_step},
-    flops=lambda c: 2.0 * c.sizes["B"] * (c.sizes["N"] // 2) * ((c.sizes["N"] + 1) // 2) * c.sizes["C"],
+    flops=flops,
     bytes=_moved,
 )
