@@ -111,11 +111,12 @@ def test_copies_compiles_and_leaves_others_alone() -> None:
 
 
 def test_replaced_forwards_and_small_layers_are_left() -> None:
-    model = _model(num_key_value_heads=1)  # its k and v projections have 512 × 128 weights
+    model = _model()
+    model.small = nn.Linear(512, 127)
     model.lm_head.forward = model.lm_head.forward
     report = effvlm.enable(model)
     assert "something else" in report.fallbacks["lm_head"]
-    assert "model.layers.0.self_attn.k_proj" not in report.modules | report.fallbacks
+    assert "small" not in report.modules | report.fallbacks
     assert "model.layers.0.self_attn.q_proj" in report.modules
 
 
