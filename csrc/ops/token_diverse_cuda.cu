@@ -105,7 +105,7 @@ __device__ __forceinline__ PairRow<T> pair_row_of(const TokenDiverseArgs& a, i64
 
 // Block ↔ the same work as above.
 template <class T>
-__global__ void __launch_bounds__(kThreads) token_diverse_cosines16_kernel(TokenDiverseArgs a, bool packs) {
+__global__ void __launch_bounds__(kThreads, 3) token_diverse_cosines16_kernel(TokenDiverseArgs a, bool packs) {
   __shared__ PairStage<T> left, right;
   const i64 i0 = static_cast<i64>(blockIdx.y) * kTile, j0 = static_cast<i64>(blockIdx.x) * kTile;
   if (j0 < i0) return;

@@ -133,7 +133,9 @@ __global__ void __launch_bounds__(kThreads) token_match_scores_kernel(TokenMatch
             for (int j = 0; j < 4; ++j) sum[i][j] += sources[c][4 * ty + i] * destinations[c][4 * tx + j];
         __syncthreads();  // everyone is through with them
       }
+#pragma unroll  // or the sums would leave their registers to be indexed
       for (int i = 0; i < 4; ++i)
+#pragma unroll
         for (int j = 0; j < 4; ++j) {
           const i64 p = i0 + 4 * ty + i, q = j0 + 4 * tx + j;
           if (p < source.count && q < destination.count)
@@ -160,7 +162,7 @@ __device__ __forceinline__ PairRow<T> pair_row_of(const TokenMatchArgs& a, i64 b
 
 // Block ↔ the same work as above.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     token_match_scores16_kernel(TokenMatchArgs a, i64 source_tiles, int splits, bool packs) {
   __shared__ PairStage<T> sources, destinations;
   __shared__ Best partial[kTile][2];
