@@ -23,6 +23,7 @@ CASES = (
     Case("no_input", _sizes(3, 2, 0, 8), {"bias": True}),
     Case("no_output", _sizes(3, 2, 8, 0)),
     Case("one_layer", _sizes(33, 1, 24, 100), {"bias": True}),
+    Case("few_of_long_rows", _sizes(5, 1, 3000, 100), {"bias": True}),
     Case("skipped", _sizes(30, 4, 24, 16), {"route": "skipped", "bias": True}),
     Case("runs", _sizes(220, 2, 40, 30), {"route": "runs"}),
     Case("transposed", _sizes(50, 3, 50, 70), {"transposed": True, "bias": True}),
@@ -31,6 +32,7 @@ CASES = (
     Case("tiles", _sizes(130, 2, 64, 128)),
     Case("text_and_image_q", _sizes(1024, 2, 2048, 2048), {"route": "runs"}, bench=True),
     Case("text_and_image_q", _sizes(8, 2, 2048, 2048), {"route": "runs"}, bench=True),
+    *(Case("decode", _sizes(T, 1, 4096, 11008), bench=True) for T in (1, 2, 8, 16)),
     Case("heads", _sizes(64, 32, 2048, 128), bench=True),
     Case("dbrx_down", _sizes(64, 16, 1536, 2048), {"transposed": True}, bench=True),
 )
