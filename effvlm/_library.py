@@ -146,6 +146,9 @@ def _run(op: Op, *args: Any) -> Tensors:
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
         scratch = (workspace,)
     getattr(core, op.name)(*given, *views(outputs + scratch), place)
+    for i in op.mutates:
+        if args[i] is not None:
+            torch.autograd.graph.increment_version(args[i])  # for autograd, which may have saved what was there
     return outputs
 
 
@@ -219,12 +222,13 @@ def register(
     overload = _define(op, schema, differentiable)
 
     def call(*args: Any) -> Tensors:
-        if not differentiable and torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+        grad = torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+        if grad and not differentiable:
             if not torch.compiler.is_compiling():
                 say_once(name, f"effvlm.{name}: an input requires grad; the PyTorch reference runs, for its backward")
             check(*args)
             return _refer(op, args)
-        if _is_eager(args):  # the dispatcher would come to the same, some microseconds later
+        if not grad and _is_eager(args):  # the dispatcher would come to the same, some microseconds later
             return _run(op, *args)
         outputs = overload(*args)
         return outputs if isinstance(outputs, tuple) else (outputs,)
@@ -236,11 +240,11 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, t
 
 
 def _is_eager(args: Sequence[Any]) -> bool:
-    """Whether nobody but the kernel wants to see this call: no autograd, no tracing, no mode, no subclass of tensors."""
+    """Whether nobody but the kernel wants to see this call: no tracing, no mode, no tangents, no subclass of tensors."""
     if not isinstance(args[0], torch.Tensor):
         return True  # for the sentence that check has, instead of torch's on schemas
     if (
-        torch.is_grad_enabled()
+        torch.autograd.forward_ad._current_level >= 0
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.maybe_current_level() is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -124,3 +125,30 @@ def test_a_call_is_checked_once_per_kind(monkeypatch: pytest.MonkeyPatch) -> Non
         effvlm.token_match(x, 2)
         effvlm.token_match(x.mT, 2)  # the third kind is over the limit
         assert len(passed) == 1
+
+
+def _dispatched(run: Callable[[], object]) -> bool:
+    with torch.profiler.profile() as profiled:
+        run()
+    return any(e.key.startswith("effvlm::") for e in profiled.key_averages())
+
+
+def test_calls_skip_the_dispatcher_unless_autograd_wants_them() -> None:
+    q, v, decay = torch.randn(1, 3, 1, 2), torch.randn(1, 3, 1, 2), -torch.rand(1, 3, 1)
+    assert not _dispatched(lambda: effvlm.chunk_scan(q, q, v, decay))
+    assert _dispatched(lambda: effvlm.chunk_scan(q, q, v.requires_grad_(), decay))
+    with torch.no_grad():
+        assert not _dispatched(lambda: effvlm.chunk_scan(q, q, v, decay))
+
+
+def test_autograd_notices_what_is_written_in_place() -> None:
+    x, weight, state = torch.randn(1, 4, 3), torch.randn(4, 2), torch.randn(1, 4, 1)
+    scaled = state * torch.ones(1, requires_grad=True)  # saves the state for its backward
+    effvlm.causal_conv1d(x, weight, state=state)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        scaled.sum().backward()
+    with torch.inference_mode():
+        made = torch.randn(1, 4, 1)
+        effvlm.causal_conv1d(x, weight, state=made)
+    with torch.no_grad():
+        effvlm.causal_conv1d(x, weight, state=made)
