@@ -40,10 +40,21 @@ def _versions(*packages: str) -> dict[str, str]:
     return found
 
 
+def _generation() -> str:
+    """CPU family and model as Linux gives them: clouds call processors of several generations by one name."""
+    try:
+        lines = [line.split(":") for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+    except OSError:
+        return ""
+    facts = {key.strip(): value.strip() for key, value in lines if key.strip() in ("cpu family", "model")}
+    return ", ".join(f"{key} {value}" for key, value in facts.items())
+
+
 def record(device: str) -> dict[str, Any]:
     """What is stored with every number."""
     facts: dict[str, Any] = {
         "cpu": cpu_name(),
+        "generation": _generation(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": _core.cpu_isa(),
