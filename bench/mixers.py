@@ -2,6 +2,7 @@
 
     python bench/mixers.py models [--rounds 3] [--save]    prefill of 1,024 tokens and 64 steps: transformers, effvlm.enable
     python bench/mixers.py layers [--rounds 3] [--save]    the functions of single layers, the same two
+    python bench/mixers.py steps [--rounds 3] [--save]     single steps of layers, in plain loops
     python bench/mixers.py length [--save]                 one layer up to 103k tokens: attention against its converted form
 
 Random weights in bfloat16: times do not depend on them. One JSON line per row; --save appends them to bench/results/mixers.jsonl.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -21,7 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # specs feed both
 from machine import record
+from specs import causal_conv1d, state_update
 from timing import peak_extra_bytes
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -197,6 +202,29 @@ def layers(rounds: int) -> list[Row]:
     return rows
 
 
+@torch.no_grad()
+def steps(rounds: int) -> list[Row]:
+    """Single steps in plain loops of a hundred, as a decoding loop makes them: medians of a call, transformers' against ours."""
+    rows = []
+    generator = torch.Generator().manual_seed(0)
+    for spec in (state_update.SPEC, causal_conv1d.SPEC):
+        for case in (c for c in spec.cases if c.bench and c.sizes.get("L", 1) == 1):
+            args = spec.inputs(case, torch.bfloat16, generator)
+            runs = {"transformers": partial(spec.peers["transformers"], *args), "effvlm": partial(spec.timed, *spec.fresh(args))}
+            times: dict[str, list[float]] = {who: [] for who in runs}
+            for i in range(4 * rounds + 1):
+                for who, run in runs.items():
+                    start = time.perf_counter()
+                    for _ in range(100):
+                        run()
+                    times[who] += [(time.perf_counter() - start) / 100] if i else []
+            us = {who: statistics.median(t) * 1e6 for who, t in times.items()}
+            name = f"{spec.op} {case.name}"
+            rows.append({"what": "step", "op": name, "us": us, "ratio": us["transformers"] / us["effvlm"]})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
 LENGTHS = (1024, 4096, 16384, 32768, 65536, 103424)
 CHUNK = 512
 
@@ -283,11 +311,11 @@ def _scans() -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["models", "layers", "length"])
+    parser.add_argument("what", choices=["models", "layers", "steps", "length"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
-    rows = length() if args.what == "length" else {"models": models, "layers": layers}[args.what](args.rounds)
+    rows = length() if args.what == "length" else {"models": models, "layers": layers, "steps": steps}[args.what](args.rounds)
     if args.save:
         with (Path(__file__).parent / "results" / "mixers.jsonl").open("a") as file:
             for row in rows:

@@ -24,7 +24,7 @@ def enable(model: Any, free_original: bool = False) -> EnableReport:
 
     Works with ``generate()``, batches, caches, ``torch.compile`` and saving. What our kernels do not take (a dtype, a device)
     runs transformers' own functions, and so do the experts of a model in training, which is said once; scans have gradients.
-    Linear layers of 2¹⁶ weights or more that are on the CPU run our kernel for up to 16 tokens at a time, as in decoding, and
+    Linear layers of 2¹⁶ weights or more that are on the CPU run our kernel for up to 8 tokens at a time, as in decoding, and
     torch's for more.
     Other models are not affected, of the same family neither, unless they share their config. Undone by :func:`disable`.
 

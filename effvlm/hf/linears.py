@@ -15,7 +15,7 @@ from effvlm.hf.enable_report import EnableReport
 from effvlm.hf.instances import replace_forward
 from effvlm.ops.grouped_linear import grouped_linear
 
-MOST_TOKENS = 16
+MOST_TOKENS = 8
 LEAST_WEIGHTS = 2**16  # smaller layers take less time than a call of ours
 
 
