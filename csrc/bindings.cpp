@@ -21,13 +21,14 @@ py::object owned(PyObject* made) {
   return py::reinterpret_steal<py::object>(made);
 }
 
-// The arguments with a Raw (bindings.h) in place of each tensor, and their kinds, hashable: of tensors all but the address, of
-// others type and value. `codes` of dtypes; −1 for others, which no op takes. Here because a decode step passes ten tensors, and
-// the interpreter takes twice as long to ask each its five questions.
+// The arguments with a Raw (bindings.h) in place of each tensor, and their kinds, hashable: of tensors shape,
+// strides, dtype and device, of others type and value. `codes` of dtypes; −1 for others, which no op takes. Here because a decode
+// step passes ten tensors, and the interpreter takes twice as long to ask each its five questions.
 py::tuple describe(const py::sequence& args, const py::type& tensor, const py::dict& codes) {
   static PyObject *const address = PyUnicode_InternFromString("data_ptr"), *const shape = PyUnicode_InternFromString("shape"),
                          *const stride = PyUnicode_InternFromString("stride"), *const dtype = PyUnicode_InternFromString("dtype"),
-                         *const device = PyUnicode_InternFromString("get_device");
+                         *const device = PyUnicode_InternFromString("device"),
+                         *const number = PyUnicode_InternFromString("get_device");
   const std::size_t count = py::len(args);
   py::list raws(count);
   py::tuple kinds(count);
@@ -42,9 +43,9 @@ py::tuple describe(const py::sequence& args, const py::type& tensor, const py::d
     const auto read = [&](PyObject* attribute) { return owned(PyObject_GetAttr(x.ptr(), attribute)); };
     PyObject* const known = PyDict_GetItemWithError(codes.ptr(), read(dtype).ptr());
     const py::object code = known ? py::reinterpret_borrow<py::object>(known) : py::int_(-1);
-    const py::object all[] = {call(address), read(shape), call(stride), code, call(device)};
+    const py::object all[] = {call(address), read(shape), call(stride), code, call(number)};
     raws[i] = owned(PyTuple_Pack(5, all[0].ptr(), all[1].ptr(), all[2].ptr(), all[3].ptr(), all[4].ptr()));
-    kinds[i] = owned(PyTuple_Pack(4, all[1].ptr(), all[2].ptr(), all[3].ptr(), all[4].ptr()));
+    kinds[i] = py::make_tuple(all[1], all[2], all[3], read(device));  // numbers do not tell the CPU from the meta device
   }
   return py::make_tuple(raws, kinds);
 }

@@ -114,7 +114,7 @@ def views(args: Sequence[Any]) -> list[Any]:
 
 
 def _described(args: Sequence[Any]) -> tuple[list[Any], tuple[Any, ...]]:
-    """The arguments as :func:`views`, and all of them but the addresses."""
+    """The arguments as :func:`views`, and what a check may go by: all but addresses and values, hashable."""
     given, kinds = _core.describe(args, torch.Tensor, _DTYPE_CODE)
     return given, kinds
 

@@ -121,6 +121,12 @@ def test_a_call_is_checked_once_per_kind(monkeypatch: pytest.MonkeyPatch) -> Non
                 effvlm.token_match(wrong, 1)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="expected 0 <= r"):
             effvlm.token_match(x, 4)
+        token, ids, weight = torch.randn(2, 8), torch.zeros(2, dtype=torch.int64), torch.randn(1, 4, 8)
+        effvlm.grouped_linear(token, ids, weight)
+        with pytest.raises(TypeError, match="expected weight on the device of x, cpu, got meta"):  # as offloaded weights are
+            effvlm.grouped_linear(token, ids, weight.to("meta"))
+        passed.clear()
+        effvlm.token_match(x, 1)
         assert len(passed) == 1
         effvlm.token_match(x, 2)
         effvlm.token_match(x.mT, 2)  # the third kind is over the limit
