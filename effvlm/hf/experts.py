@@ -7,7 +7,6 @@ one under ``"effvlm"`` and select it. Families that do not ask get a forward per
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from effvlm.hf import own_experts
 from effvlm.hf.enable_report import EnableReport
 from effvlm.hf.gates import Gate, gate_of, match_gate
 from effvlm.hf.in_parts import by_id, experts_in_parts
+from effvlm.hf.instances import REPLACED, replace_forward
 from effvlm.ops.moe_ffn import moe_ffn
 
 KEY = "effvlm"
@@ -128,6 +128,9 @@ def _replace(
     if reason:
         report.fallbacks[name] = reason
         return
+    back = replace_forward(module, own_experts.forward)
+    if back is None:
+        report.fallbacks[name] = REPLACED.format(type(module).__name__)
+        return
     report.modules[name] = own_experts.prepare(module, free_original=free_original)
-    module.forward = MethodType(own_experts.forward, module)
-    undo.append(lambda: delattr(module, "forward"))
+    undo.append(back)

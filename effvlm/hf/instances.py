@@ -6,6 +6,8 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+REPLACED = "{}: something else has replaced the forward of this instance"  # why not, of a class
+
 
 def replace_forward(module: Any, forward: Callable[..., Any]) -> Callable[[], None] | None:
     """Give one instance another ``forward(self, …)``; its class and other instances keep theirs.

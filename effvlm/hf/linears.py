@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from effvlm.hf.enable_report import EnableReport
-from effvlm.hf.instances import replace_forward
+from effvlm.hf.instances import REPLACED, replace_forward
 from effvlm.ops.grouped_linear import grouped_linear
 
 MOST_TOKENS = 8
@@ -25,7 +25,7 @@ def consider(name: str, module: Any, report: EnableReport, undo: list[Callable[[
         return
     back = replace_forward(module, forward)
     if back is None:
-        report.fallbacks[name] = "Linear: something else has replaced the forward of this instance"
+        report.fallbacks[name] = REPLACED.format("Linear")
     else:
         undo.append(back)
         report.modules[name] = f"grouped_linear for up to {MOST_TOKENS} tokens"

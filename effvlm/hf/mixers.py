@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from effvlm.hf.enable_report import EnableReport
-from effvlm.hf.instances import replace_forward
+from effvlm.hf.instances import REPLACED, replace_forward
 from effvlm.hf.rebind import forward_with_ours, scans_of
 
 _OPS = {
@@ -37,7 +37,7 @@ def consider(name: str, module: Any, report: EnableReport, undo: list[Callable[[
         return
     back = replace_forward(module, forward_with_ours(kind))
     if back is None:
-        report.fallbacks[name] = f"{kind.__name__}: something else has replaced the forward of this instance"
+        report.fallbacks[name] = REPLACED.format(kind.__name__)
         return
     undo.append(back)
     report.modules[name] = _ops(found)
